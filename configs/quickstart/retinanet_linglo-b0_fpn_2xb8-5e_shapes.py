@@ -1,0 +1,84 @@
+"""A small RetinaNet with LinGlo-b0 that learns in minutes on two CPU cores, from scratch, on synthetic shapes.
+
+    bash tools/quickstart.sh detection
+
+For one's own COCO-format data inherit from it, as retinanet_linglo-b0_fpn_2xb8-40e_bccd.py does.
+"""
+
+_base_ = [
+    '../_base_/models/retinanet_linglo_fpn.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_1x_adamw.py',
+    '../_base_/default_runtime_det.py',
+]
+
+data_root = 'data/shapes/coco/'
+metainfo = dict(classes=('disc', 'square', 'triangle', 'star'))
+max_epochs = 5
+
+# A quarter of the usual head: with images this small it would cost more than the backbone.
+model = dict(
+    backbone=dict(drop_path_rate=0.0),  # too few steps for regularization
+    neck=dict(out_channels=64),
+    bbox_head=dict(num_classes=4, in_channels=64, feat_channels=64, stacked_convs=2),
+)
+
+resize = dict(type='Resize', scale=(160, 160), keep_ratio=True)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    resize,
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    resize,
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
+]
+train_dataloader = dict(
+    batch_size=8,
+    dataset=dict(
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file='annotations/train.json',
+        data_prefix=dict(img='train/'),
+        filter_cfg=dict(min_size=8),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=8,
+    dataset=dict(
+        data_root=data_root,
+        metainfo=metainfo,
+        ann_file='annotations/val.json',
+        data_prefix=dict(img='val/'),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
+test_evaluator = val_evaluator
+
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10, norm_type=2)
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=1e-5,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+]
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+default_hooks = dict(logger=dict(interval=10))

@@ -1,0 +1,167 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+from typing import Optional, Tuple
+
+import torch
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class ConditionalPositionalEncoding(nn.Module):
+    r"""Conditional positional encoding by depth-wise convolution (paper Sec. 3.2, Fig. 2).
+
+    ``x`` (if ``skip``) plus ``num_branches`` parallel branches, each a 3x3
+    depth-wise convolution followed by ``norm_cfg``. In evaluation this is a
+    single linear map, so that :meth:`switch_to_deploy` replaces all of it by one
+    3x3 depth-wise convolution with bias (RepVGG, Diverse Branch Block). The four
+    rows of the paper's Table 6 are::
+
+        CPE     num_branches=1, skip=False
+        R-CPE   num_branches=1, skip=True
+        P-CPE   num_branches=4, skip=False
+        RP-CPE  num_branches=4, skip=True     (the default)
+
+    Args:
+        channels: Channels C of the input and the output.
+        num_branches: Parallel convolution branches, at least 1.
+        skip: Whether the input is added to the branches.
+        norm_cfg: Norm of each branch; None for convolutions with a bias and no
+            norm. Only batch norms and None can be fused.
+        deploy: Whether to build the fused form, one convolution named
+            :attr:`reparam`. ``num_branches``, ``skip`` and ``norm_cfg`` are
+            then without effect.
+
+    Raises:
+        ValueError: If ``num_branches`` is below 1.
+
+    Example:
+        >>> rp_cpe = ConditionalPositionalEncoding(256)
+        >>> rp_cpe(torch.rand(1, 256, 56, 56)).shape
+        torch.Size([1, 256, 56, 56])
+    """
+
+    kernel_size = 3
+
+    def __init__(
+        self,
+        channels: int,
+        num_branches: int = 4,
+        skip: bool = True,
+        norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
+        deploy: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_branches < 1:
+            raise ValueError(f'num_branches must be at least 1, got {num_branches}')
+        self.channels = channels
+        self.num_branches = num_branches
+        self.skip = skip
+        self.deploy = deploy
+        if deploy:
+            self.reparam = self._depthwise_conv()
+        else:
+            self.branches = nn.ModuleList(
+                ConvModule(
+                    channels,
+                    channels,
+                    self.kernel_size,
+                    padding=self.kernel_size // 2,
+                    groups=channels,
+                    norm_cfg=norm_cfg,
+                    act_cfg=None,
+                )
+                for _ in range(num_branches)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the encoding.
+
+        Args:
+            x: Feature map, (B, C, H, W).
+
+        Returns:
+            Feature map, (B, C, H, W).
+        """
+        if self.deploy:
+            return self.reparam(x)
+        out = self.branches[0](x)
+        for branch in self.branches[1:]:
+            out = out + branch(x)
+        return x + out if self.skip else out
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Replace the branches by one convolution with the same output.
+
+        The arithmetic is in float64. A second call does nothing.
+
+        Raises:
+            RuntimeError: In training mode, where batch norms use the batch's
+                statistics and the branches are no fixed linear map.
+            TypeError: If the norm of a branch is no batch norm.
+        """
+        if self.deploy:
+            return
+        if self.training:
+            raise RuntimeError(
+                'switch_to_deploy() needs evaluation mode: call model.eval() first, '
+                'since batch norms in training mode cannot be fused'
+            )
+        kernel, bias = self.fused_kernel_and_bias()
+        reference = self.branches[0].conv.weight
+        reparam = self._depthwise_conv().to(reference)
+        reparam.weight.copy_(kernel)
+        reparam.bias.copy_(bias)
+        self.reparam = reparam.train(self.training)
+        del self.branches
+        self.deploy = True
+
+    def fused_kernel_and_bias(self) -> Tuple[Tensor, Tensor]:
+        """Kernel (C, 1, 3, 3) and bias (C,), in float64, of the fused form.
+
+        Raises:
+            TypeError: If the norm of a branch is no batch norm.
+        """
+        fused = [_fuse_conv_norm(branch) for branch in self.branches]
+        kernel = sum(kernel for kernel, _ in fused)
+        bias = sum(bias for _, bias in fused)
+        if self.skip:
+            centre = self.kernel_size // 2
+            kernel[:, 0, centre, centre] += 1
+        return kernel, bias
+
+    def extra_repr(self) -> str:
+        return (
+            f'channels={self.channels}, num_branches={self.num_branches}, '
+            f'skip={self.skip}, deploy={self.deploy}'
+        )
+
+    def _depthwise_conv(self) -> nn.Conv2d:
+        return nn.Conv2d(
+            self.channels,
+            self.channels,
+            self.kernel_size,
+            padding=self.kernel_size // 2,
+            groups=self.channels,
+        )
+
+
+def _fuse_conv_norm(branch: ConvModule) -> Tuple[Tensor, Tensor]:
+    """Kernel and bias, in float64, of a convolution followed by its batch norm."""
+    conv = branch.conv
+    kernel = conv.weight.double()
+    bias = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.double()
+    if not branch.with_norm:
+        return kernel, bias
+    norm = branch.norm
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        raise TypeError(
+            f'only batch norms with running statistics can be fused into a convolution, '
+            f'got {norm}: keep the training form, or train with norm_cfg=dict(type="BN")'
+        )
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        scale = scale * norm.weight.double()
+        shift = shift * norm.weight.double() + norm.bias.double()
+    return kernel * scale.view(-1, 1, 1, 1), bias * scale + shift

@@ -1,0 +1,24 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Registries of mmlinglo, children of mmengine's.
+
+mmengine imports this module by itself when a config says
+``type='mmlinglo.X'``, in whichever toolbox the config belongs to, and then the
+``locations`` of the registry that it asks.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='mmlinglo',
+    locations=['mmlinglo.models'],
+)
+HOOKS = Registry(
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='mmlinglo',
+    locations=['mmlinglo.engine'],
+)

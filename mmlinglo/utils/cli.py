@@ -1,0 +1,115 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""What the command lines under ``tools/`` have in common."""
+
+import argparse
+import os
+import os.path as osp
+import sys
+from typing import Callable, Optional
+
+import torch
+from mmengine.config import Config, DictAction
+
+from mmlinglo.engine import prepare_cpu_distributed
+
+from .checkpoint import CheckpointError
+
+
+class UsageError(Exception):
+    """A mistake in the arguments or the config, explained in its message."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a tool; mistakes of the user end it with one message and exit status 1."""
+    try:
+        main()
+    except (UsageError, CheckpointError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    except KeyError as error:
+        # mmengine's registries raise it for a `type` that no package has registered.
+        if 'registry' not in str(error):
+            raise
+        sys.exit(f'error: {error.args[0]}')
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """Parser with the arguments ``config`` and ``--cfg-options``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value pairs; lists as key="[a,b]" or '
+        'key=a,b, nested tuples as key="[(a,b),(c,d)]", quoted and without spaces',
+    )
+    return parser
+
+
+def runner_parser(description: str) -> argparse.ArgumentParser:
+    """Parser with the arguments that ``train.py`` and ``test.py`` share."""
+    parser = config_parser(description)
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints; default: work_dirs/ and the config name',
+    )
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    return parser
+
+
+def load_config(path: str, cfg_options: Optional[dict] = None) -> Config:
+    """Read the config of an experiment.
+
+    Args:
+        path: Config file.
+        cfg_options: Settings to override, from ``--cfg-options``.
+
+    Raises:
+        UsageError: If the file is missing, cannot be read, or has no model.
+    """
+    if not osp.isfile(path):
+        raise UsageError(f'config {path!r} not found')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        raise UsageError(f'config {path!r}: {type(error).__name__}: {error}') from error
+    if cfg_options is not None:
+        try:
+            cfg.merge_from_dict(cfg_options)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f'--cfg-options do not fit {path!r}: {error}') from error
+    missing = [key for key in ('model', 'default_scope') if key not in cfg]
+    if missing:
+        raise UsageError(
+            f'config {path!r} lacks {" and ".join(missing)}: give the config of an experiment, '
+            'such as configs/coco/retinanet_linglo-b0_fpn_1x_coco.py'
+        )
+    return cfg
+
+
+def load_runner_config(args: argparse.Namespace) -> Config:
+    """Read the config for a Runner and prepare this process for ``args.launcher``."""
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise UsageError(
+            f'{processes} processes on a machine with {torch.cuda.device_count()} GPUs: '
+            'start one per GPU'
+        )
+    if args.launcher != 'none' and not torch.cuda.is_available():
+        if args.launcher != 'pytorch':
+            raise UsageError(
+                f'--launcher {args.launcher} needs GPUs; without any, use tools/dist_train.sh '
+                'or tools/dist_test.sh'
+            )
+        prepare_cpu_distributed(cfg)
+    return cfg

@@ -1,0 +1,208 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Make a small synthetic data set: scenes of textured shapes, labelled for all three tasks.
+
+The same scenes are written in the layout of each task::
+
+    OUT/coco/{train,val}/*.jpg, OUT/coco/annotations/{train,val}.json      boxes, as COCO
+    OUT/ade/{images,annotations}/{training,validation}/*                   masks, as ADE20K (0 = unlabelled)
+    OUT/imagenet/{train,val}/<class>/*.jpg                                 one class a scene, as ImageNet
+    OUT/demo/*.jpg                                                         unlabelled, larger, for inference
+
+A scene's class is that of its largest shape, which is clearly larger than the others.
+"""
+
+import argparse
+import json
+import os.path as osp
+import shutil
+import tempfile
+from pathlib import Path
+from typing import List, NamedTuple
+
+import cv2
+import numpy as np
+
+from mmlinglo.utils.cli import UsageError, run
+
+CLASSES = ('disc', 'square', 'triangle', 'star')
+BACKGROUND_LABEL = 1  # in the masks, before the classes; 0 is ADE20K's "unlabelled"
+
+
+class Shape(NamedTuple):
+    """One shape: class index, corners (K, 2) in pixels, visible pixels (H, W)."""
+
+    label: int
+    corners: np.ndarray
+    mask: np.ndarray
+
+
+def noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np.ndarray:
+    """Smooth random field in [0, 1], (size, size, channels)."""
+    field = rng.random((cells, cells, channels)).astype(np.float32)
+    return cv2.resize(field, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1).reshape(
+        size, size, channels
+    )
+
+
+def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Stripes, a chequerboard or blotches in two random colours, (size, size, 3) in [0, 1]."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    angle, frequency = rng.uniform(0, np.pi), rng.uniform(8, 20)
+    u = (x * np.cos(angle) + y * np.sin(angle)) * frequency
+    v = (y * np.cos(angle) - x * np.sin(angle)) * frequency
+    pattern = rng.integers(3)
+    if pattern == 0:
+        blend = np.sin(u * 2 * np.pi) > 0
+    elif pattern == 1:
+        blend = (np.floor(u) + np.floor(v)) % 2 > 0
+    else:
+        blend = noise(rng, size, 12, 1)[..., 0]
+    first = rng.permutation([1.0, rng.uniform(0, 1), rng.uniform(0, 0.3)])  # a saturated colour
+    second = 0.6 * first + 0.4 * rng.random(3)
+    return np.where(np.asarray(blend, np.float32)[..., None] > 0.5, first, second)
+
+
+def corners_of(label: int, centre: np.ndarray, radius: float, angle: float) -> np.ndarray:
+    """Corners of a shape whose circumscribed circle is given, (K, 2)."""
+    count = {'disc': 48, 'square': 4, 'triangle': 3, 'star': 10}[CLASSES[label]]
+    angles = angle + np.arange(count) * 2 * np.pi / count
+    radii = np.full(count, radius)
+    if CLASSES[label] == 'star':
+        radii[1::2] *= 0.42
+    return centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def make_scene(rng: np.random.Generator, size: int, scale: int = 1):  # noqa: ANN201
+    """One scene of one large and up to four small shapes that do not touch.
+
+    Args:
+        rng: Source of randomness.
+        size: Height and width in pixels.
+        scale: Enlargement of the picture.
+
+    Returns:
+        The BGR image, (size * scale, size * scale, 3) of uint8, and the list
+        of shapes, the largest first.
+    """
+    pixels = size * scale
+    # a dull background and bright shapes: small ones must be learnt within minutes
+    image = 0.3 + 0.3 * noise(rng, pixels, 5, 1) + 0.15 * noise(rng, pixels, 5, 3)
+    placed, shapes = [], []
+    for i in range(1 + rng.integers(5)):
+        for _ in range(50):
+            radius = size * (rng.uniform(0.22, 0.34) if i == 0 else rng.uniform(0.09, 0.14))
+            centre = rng.uniform(radius, size - radius, 2)
+            if all(np.hypot(*(centre - c)) > radius + r + 2 for c, r in placed):
+                break
+        else:
+            continue
+        placed.append((centre, radius))
+        label = int(rng.integers(len(CLASSES)))
+        corners = corners_of(label, centre, radius, rng.uniform(0, 2 * np.pi)) * scale
+        mask = np.zeros((pixels, pixels), np.uint8)
+        cv2.fillPoly(mask, [np.round(corners).astype(np.int32)], 1)
+        fill = texture(rng, pixels)
+        image = np.where(mask[..., None] > 0, fill, image)
+        shapes.append(Shape(label, corners, mask > 0))
+    image = image + rng.normal(0, 0.03, image.shape)
+    return (image.clip(0, 1) * 255).astype(np.uint8), shapes
+
+
+def coco_annotation(index: int, image_id: int, shape: Shape) -> dict:
+    ys, xs = np.nonzero(shape.mask)
+    x, y = int(xs.min()), int(ys.min())
+    return dict(
+        id=index,
+        image_id=image_id,
+        category_id=shape.label + 1,
+        bbox=[x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y],
+        area=int(shape.mask.sum()),
+        iscrowd=0,
+        segmentation=[shape.corners.round(1).ravel().tolist()],
+    )
+
+
+def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Generator) -> None:
+    ade_split = {'train': 'training', 'val': 'validation'}[split]
+    folders = [
+        root / 'coco' / split,
+        root / 'ade/images' / ade_split,
+        root / 'ade/annotations' / ade_split,
+        *(root / 'imagenet' / split / name for name in CLASSES),
+    ]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    images, annotations = [], []
+    for image_id in range(count):
+        image, shapes = make_scene(rng, size)
+        name = f'{image_id:06d}.jpg'
+        data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+        scene_class = CLASSES[shapes[0].label]
+        for folder in (folders[0], folders[1], root / 'imagenet' / split / scene_class):
+            (folder / name).write_bytes(data)
+        labels = np.full((size, size), BACKGROUND_LABEL, np.uint8)
+        for shape in shapes:
+            labels[shape.mask] = BACKGROUND_LABEL + 1 + shape.label
+        cv2.imwrite(str(folders[2] / f'{image_id:06d}.png'), labels)
+        images.append(dict(id=image_id, file_name=name, width=size, height=size))
+        annotations += [
+            coco_annotation(len(annotations) + i, image_id, shape) for i, shape in enumerate(shapes)
+        ]
+    write_coco(root / 'coco/annotations' / f'{split}.json', images, annotations)
+
+
+def write_coco(path: Path, images: List[dict], annotations: List[dict]) -> None:
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('out', help='folder to make; must not exist, or hold the same data set')
+    parser.add_argument('--num-train', type=int, default=480, help='training scenes')
+    parser.add_argument('--num-val', type=int, default=120, help='validation scenes')
+    parser.add_argument('--num-demo', type=int, default=6, help='unlabelled scenes, 3 times larger')
+    parser.add_argument('--size', type=int, default=160, help='height and width in pixels')
+    parser.add_argument('--seed', type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    out = Path(args.out)
+    settings = {key: value for key, value in vars(args).items() if key != 'out'}
+    if min(args.num_train, args.num_val, args.num_demo) < 0 or args.size < 32:
+        raise UsageError(f'counts must not be negative and --size at least 32, got {settings}')
+    if out.exists():
+        record = out / 'settings.json'
+        if record.is_file() and json.loads(record.read_text()) == settings:
+            print(f'{out} is there already')
+            return
+        raise UsageError(f'{out} exists and was not made with {settings}: remove it or name another')
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
+    try:
+        # One generator each: the number of scenes of one split does not change the others.
+        train, val, demo = np.random.default_rng(args.seed).spawn(3)
+        write_split(work, 'train', args.num_train, args.size, train)
+        write_split(work, 'val', args.num_val, args.size, val)
+        (work / 'demo').mkdir()
+        for i in range(args.num_demo):
+            image, _ = make_scene(demo, args.size, scale=3)
+            cv2.imwrite(str(work / 'demo' / f'{i:06d}.jpg'), image)
+        (work / 'settings.json').write_text(json.dumps(settings))
+        work.chmod(0o755)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f'{osp.join(args.out, "")}: {args.num_train} training and {args.num_val} validation scenes')
+
+
+if __name__ == '__main__':
+    run(main)
