@@ -7,7 +7,5 @@ default_hooks = dict(
     visualization=dict(type='SegVisualizationHook'),
 )
 env_cfg = dict(cudnn_benchmark=True)  # all training crops have the same size
-visualizer = dict(
-    type='SegLocalVisualizer', vis_backends=_base_.vis_backends, name='visualizer'
-)
+visualizer = dict(type='SegLocalVisualizer', vis_backends=_base_.vis_backends, name='visualizer')
 log_processor = dict(by_epoch=False)

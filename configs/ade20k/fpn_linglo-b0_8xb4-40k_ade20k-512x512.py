@@ -1,6 +1,6 @@
 """SemanticFPN with LinGlo-b0 on ADE20K, 40k (paper Sec. 4.3, Table 4: mIoU 37.3). Not yet trained by this project.
 
-    bash tools/dist_train.sh configs/ade20k/fpn_linglo-b0_8xb4-40k_ade20k-512x512.py 8
+bash tools/dist_train.sh configs/ade20k/fpn_linglo-b0_8xb4-40k_ade20k-512x512.py 8
 """
 
 _base_ = [

@@ -1,6 +1,6 @@
 """RetinaNet with LinGlo-b0 on COCO, 1x (paper Sec. 4.2, Table 3: box AP 38.0). Not yet trained by this project.
 
-    bash tools/dist_train.sh configs/coco/retinanet_linglo-b0_fpn_1x_coco.py 8
+bash tools/dist_train.sh configs/coco/retinanet_linglo-b0_fpn_1x_coco.py 8
 """
 
 _base_ = [

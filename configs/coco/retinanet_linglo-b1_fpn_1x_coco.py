@@ -1,6 +1,6 @@
 """RetinaNet with LinGlo-b1 on COCO, 1x (paper Sec. 4.2, Table 3: box AP 41.5). Not yet trained by this project.
 
-    bash tools/dist_train.sh configs/coco/retinanet_linglo-b1_fpn_1x_coco.py 8
+bash tools/dist_train.sh configs/coco/retinanet_linglo-b1_fpn_1x_coco.py 8
 """
 
 _base_ = [

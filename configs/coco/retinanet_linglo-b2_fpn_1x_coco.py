@@ -1,6 +1,6 @@
 """RetinaNet with LinGlo-b2 on COCO, 1x (paper Sec. 4.2, Table 3: box AP 44.7). Not yet trained by this project.
 
-    bash tools/dist_train.sh configs/coco/retinanet_linglo-b2_fpn_1x_coco.py 8
+bash tools/dist_train.sh configs/coco/retinanet_linglo-b2_fpn_1x_coco.py 8
 """
 
 _base_ = [

@@ -1,6 +1,6 @@
 """LinGlo-b1 on ImageNet-1K, 300 epochs (paper Sec. 4.1, Table 2: top-1 79.7). Not yet trained by this project.
 
-    bash tools/dist_train.sh configs/imagenet/linglo-b1_8xb128_in1k.py 8
+bash tools/dist_train.sh configs/imagenet/linglo-b1_8xb128_in1k.py 8
 """
 
 _base_ = [

@@ -153,8 +153,12 @@ def _check(
         return
     hint = ''
     if any('.reparam.' in key for key in missing):
-        hint = '. The model is built with deploy=True: convert the file with reparameterize_model.py'
-    elif any('.branches.' in key for key in missing) and not any('.branches.' in k for k in weights):
+        hint = (
+            '. The model is built with deploy=True: convert the file with reparameterize_model.py'
+        )
+    elif any('.branches.' in key for key in missing) and not any(
+        '.branches.' in k for k in weights
+    ):
         hint = '. If the file was re-parameterised, build the model with deploy=True'
     raise CheckpointError(f'{source!r} does not fit this model: ' + '; '.join(problems) + hint)
 
@@ -179,8 +183,7 @@ def _torch_load(load, source: str):  # noqa: ANN001, ANN202
         np.ndarray,
         np.dtype,
         *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'uint32')),
-        slice,
-        getattr,
+        getattr,  # of HistoryBuffer's methods; what it returns cannot be called by the file
     ]
     with torch.serialization.safe_globals(runner_classes):
         return load(source, map_location='cpu', weights_only=True)

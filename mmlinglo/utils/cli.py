@@ -53,9 +53,7 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
         '--work-dir',
         help='folder for logs and checkpoints; default: work_dirs/ and the config name',
     )
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
-    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     return parser
 

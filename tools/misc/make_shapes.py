@@ -39,8 +39,10 @@ class Shape(NamedTuple):
 def noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np.ndarray:
     """Smooth random field in [0, 1], (size, size, channels)."""
     field = rng.random((cells, cells, channels)).astype(np.float32)
-    return cv2.resize(field, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1).reshape(
-        size, size, channels
+    return (
+        cv2.resize(field, (size, size), interpolation=cv2.INTER_CUBIC)
+        .clip(0, 1)
+        .reshape(size, size, channels)
     )
 
 
@@ -66,6 +68,8 @@ def corners_of(label: int, centre: np.ndarray, radius: float, angle: float) -> n
     """Corners of a shape whose circumscribed circle is given, (K, 2)."""
     count = {'disc': 48, 'square': 4, 'triangle': 3, 'star': 10}[CLASSES[label]]
     angles = angle + np.arange(count) * 2 * np.pi / count
+    if CLASSES[label] == 'square':
+        angles += np.pi / 4
     radii = np.full(count, radius)
     if CLASSES[label] == 'star':
         radii[1::2] *= 0.42
@@ -98,7 +102,8 @@ def make_scene(rng: np.random.Generator, size: int, scale: int = 1):  # noqa: AN
             continue
         placed.append((centre, radius))
         label = int(rng.integers(len(CLASSES)))
-        corners = corners_of(label, centre, radius, rng.uniform(0, 2 * np.pi)) * scale
+        angle = rng.uniform(-0.4, 0.4) - np.pi / 2  # nearly upright, the first corner on top
+        corners = corners_of(label, centre, radius, angle) * scale
         mask = np.zeros((pixels, pixels), np.uint8)
         cv2.fillPoly(mask, [np.round(corners).astype(np.int32)], 1)
         fill = texture(rng, pixels)
@@ -154,9 +159,7 @@ def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Ge
 def write_coco(path: Path, images: List[dict], annotations: List[dict]) -> None:
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
     path.parent.mkdir(exist_ok=True)
-    path.write_text(
-        json.dumps(dict(images=images, annotations=annotations, categories=categories))
-    )
+    path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
 
 
 def parse_args() -> argparse.Namespace:
@@ -183,7 +186,9 @@ def main() -> None:
         if record.is_file() and json.loads(record.read_text()) == settings:
             print(f'{out} is there already')
             return
-        raise UsageError(f'{out} exists and was not made with {settings}: remove it or name another')
+        raise UsageError(
+            f'{out} exists and was not made with {settings}: remove it or name another'
+        )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
@@ -201,7 +206,9 @@ def main() -> None:
         work.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(f'{osp.join(args.out, "")}: {args.num_train} training and {args.num_val} validation scenes')
+    print(
+        f'{osp.join(args.out, "")}: {args.num_train} training and {args.num_val} validation scenes'
+    )
 
 
 if __name__ == '__main__':

@@ -43,20 +43,14 @@ model = dict(
             ratios=[0.5, 1.0, 2.0],
             strides=[8, 16, 32, 64, 128],
         ),
-        bbox_coder=dict(
-            type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4
-        ),
-        loss_cls=dict(
-            type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0
-        ),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
         loss_bbox=dict(type='L1Loss', loss_weight=1.0),
         init_cfg=dict(
             type='Xavier',
             layer='Conv2d',
             distribution='uniform',
-            override=dict(
-                type='Xavier', name='retina_cls', distribution='uniform', bias_prob=0.01
-            ),
+            override=dict(type='Xavier', name='retina_cls', distribution='uniform', bias_prob=0.01),
         ),
     ),
     train_cfg=dict(

@@ -6,9 +6,7 @@ optim_wrapper = dict(
     # weight_decay: PVT's published code, the paper is silent.
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=1e-4),
 )
-param_scheduler = [
-    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)
-]
+param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=40000, val_interval=4000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

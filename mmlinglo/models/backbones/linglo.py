@@ -373,12 +373,18 @@ def _init_layer(module: nn.Module) -> None:
 
 @contextmanager
 def _keep_running_stats(module: nn.Module) -> Iterator[None]:
-    """Keep batch norms in training mode from updating their statistics a second time."""
+    """Keep batch norms in training mode from updating their statistics a second time.
+
+    By a momentum of 0 and not through ``track_running_stats``, which would
+    change what autograd saves and so break the recomputation.
+    """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = not norm.training
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches_tracked) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(num_batches_tracked)

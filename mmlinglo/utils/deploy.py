@@ -1,0 +1,64 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import copy
+from typing import Any, Iterator
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of an experiment's config on the CPU, without initializing or loading weights."""
+    init_default_scope(cfg.default_scope)
+    model_cfg = copy.deepcopy(cfg.model)
+    if 'data_preprocessor' in cfg:
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return revert_sync_batchnorm(MODELS.build(model_cfg))
+
+
+def switch_to_deploy(model: nn.Module) -> None:
+    """Re-parameterise every part of a classifier, detector or segmentor that can be.
+
+    Args:
+        model: The model, in evaluation mode; changed in place.
+
+    Raises:
+        RuntimeError: If a part is in training mode.
+    """
+    for module in list(model.modules()):
+        if hasattr(module, 'switch_to_deploy'):
+            module.switch_to_deploy()
+
+
+@torch.no_grad()
+def relative_difference(first: nn.Module, second: nn.Module, image_size: int = 224) -> float:
+    """Largest difference of two models' raw outputs, over the largest output of each tensor.
+
+    Both see the same two random images in float64, so that what remains is the
+    rounding of the weights: about 1e-7 for float32 ones. The models come back in
+    the dtype that they had.
+
+    Args:
+        first: A classifier, detector or segmentor in evaluation mode.
+        second: Another one of the same kind.
+        image_size: Height and width of the images in pixels.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, image_size, image_size, generator=generator, dtype=torch.float64)
+    outputs = []
+    for model in (first, second):
+        twin = copy.deepcopy(model).double()
+        outputs.append(list(_tensors(twin(images, mode='tensor'))))
+    return max(
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(*outputs)
+    )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    else:
+        for item in output:
+            yield from _tensors(item)

@@ -1,0 +1,62 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+ROOT = Path(__file__).parent.parent
+TINY_ARCH = dict(
+    embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4), mlp_ratio=(2, 2, 2, 2)
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def randomize_norms_(module: torch.nn.Module) -> torch.nn.Module:
+    """Give batch norms statistics and weights as after training; fresh ones hide wrong fusions."""
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            torch.nn.init.normal_(norm.weight)  # negative ones too
+            torch.nn.init.normal_(norm.bias)
+            torch.nn.init.normal_(norm.running_mean)
+            torch.nn.init.uniform_(norm.running_var, 0.1, 5.0)
+    return module
+
+
+def run_tool(*args, check=True, **env) -> subprocess.CompletedProcess:
+    """Run a command line in the checkout, `.py` by this Python and `.sh` by bash."""
+    args = [str(arg) for arg in args]
+    program = [sys.executable] if args[0].endswith('.py') else ['bash']
+    environment = {**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', **env}
+    result = subprocess.run(
+        program + args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    if check and result.returncode:
+        raise AssertionError(f'{args} ended with {result.returncode}:\n{result.stderr[-4000:]}')
+    return result
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory) -> Path:
+    """A very small synthetic data set in the layouts of all three tasks."""
+    out = tmp_path_factory.mktemp('data') / 'shapes'
+    run_tool(
+        'tools/misc/make_shapes.py',
+        out,
+        '--num-train',
+        16,
+        '--num-val',
+        8,
+        '--num-demo',
+        2,
+        '--size',
+        64,
+    )
+    return out

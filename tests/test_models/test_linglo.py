@@ -1,0 +1,214 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import copy
+import math
+
+import pytest
+import torch
+from conftest import TINY_ARCH, randomize_norms_
+from reference import linglo_parameters
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.testing import assert_close
+
+from mmlinglo import LinGlo
+
+STRIDES = (4, 8, 16, 32)
+
+
+def tiny(**kwargs):
+    model = LinGlo(arch=TINY_ARCH, **kwargs)
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize('size', [(32, 32), (64, 96), (97, 65), (33, 130)])
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,), (1, 3), (0,), (-1,), (2, 0), 3, -2])
+def test_output_shapes(size, out_indices):
+    outs = tiny(out_indices=out_indices).eval()(torch.rand(2, 3, *size))
+    assert isinstance(outs, tuple)
+    stages = (out_indices,) if isinstance(out_indices, int) else out_indices
+    assert [tuple(out.shape) for out in outs] == [
+        (2, TINY_ARCH['embed_dims'][i], *(math.ceil(s / STRIDES[i]) for s in size)) for i in stages
+    ]
+
+
+@pytest.mark.parametrize('arch', ['b0', 'b1', 'b2'])
+@pytest.mark.parametrize(
+    ('deploy', 'millions'),
+    [(False, dict(b0=3.81, b1=14.14, b2=25.97)), (True, dict(b0=3.60, b1=13.73, b2=25.15))],
+)
+def test_parameter_counts(arch, deploy, millions):
+    model = LinGlo(arch, out_indices=(3,), deploy=deploy)
+    head = torch.nn.Linear(model.arch['embed_dims'][-1], 1000)
+    counted = sum(p.numel() for module in (model, head) for p in module.parameters())
+    assert counted == linglo_parameters(**LinGlo.arch_zoo[arch], num_classes=1000, deploy=deploy)
+    assert counted / 1e6 == pytest.approx(millions[arch], rel=5e-3)
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,), (1, 2, 3), (0,), (1,), (2, -1)])
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1])
+def test_every_parameter_gets_a_gradient(out_indices, with_cp, frozen_stages):
+    """Otherwise DistributedDataParallel fails without find_unused_parameters."""
+    model = tiny(out_indices=out_indices, with_cp=with_cp, frozen_stages=frozen_stages).train()
+    outs = model(torch.rand(2, 3, 64, 64))
+    loss = sum((out * torch.randn_like(out)).sum() for out in outs)
+    if not loss.requires_grad:
+        assert not any(p.requires_grad for p in model.parameters())
+        return
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_frozen_stages():
+    """-1 freezes nothing, 0 the stem, k the stem and k stages; also after train() and a step."""
+    for frozen_stages in range(-1, 5):
+        model = randomize_norms_(tiny(frozen_stages=frozen_stages))
+        assert model.train() is model
+        expected = ['patch_embed.'] if frozen_stages >= 0 else []
+        for i in range(frozen_stages):
+            expected += [f'stages.{i}.', f'norm{i}.']
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert frozen == {
+            name for name, _ in model.named_parameters() if name.startswith(tuple(expected))
+        }
+        before = copy.deepcopy(model.state_dict())
+        model(torch.rand(2, 3, 64, 64))
+        changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed == {
+            name
+            for name, _ in model.named_buffers()
+            if not name.startswith(tuple(expected) or ('nothing',))
+        }
+
+
+def test_norm_eval_keeps_statistics_but_trains_weights():
+    model = randomize_norms_(tiny(norm_eval=True)).train()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    assert model.training
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert all(norm.weight.requires_grad for norm in norms)
+
+
+@pytest.mark.parametrize('norm_eval', [False, True])
+def test_checkpointing_changes_nothing(norm_eval):
+    """Neither outputs, gradients nor statistics; drop-path and batch norms included."""
+    plain = randomize_norms_(tiny(drop_path_rate=0.3, norm_eval=norm_eval)).double().train()
+    checkpointed = tiny(drop_path_rate=0.3, norm_eval=norm_eval, with_cp=True).double().train()
+    checkpointed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)
+        model.outs = model(x)
+        sum((out**2).mean() for out in model.outs).backward()
+    assert_close(checkpointed.outs, plain.outs)
+    for (name, p), (_, q) in zip(plain.named_parameters(), checkpointed.named_parameters()):
+        assert_close(q.grad, p.grad, msg=lambda m, name=name: f'{name}: {m}')
+    assert_close(checkpointed.state_dict(), plain.state_dict())
+
+
+def test_drop_path_rates():
+    model = LinGlo('b0', drop_path_rate=0.1)
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.1 * i / 9 for i in range(10)])
+
+
+def test_deployed_form_is_equal():
+    model = randomize_norms_(tiny()).double()
+    x = torch.randn(2, 3, 75, 64, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r'model\.eval\(\)'):
+        model.switch_to_deploy()
+    expected = model.eval()(x)
+    model.switch_to_deploy()
+    assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    model.switch_to_deploy()
+    assert not any(isinstance(m, _BatchNorm) for m in model.modules())
+    fresh = LinGlo(arch=TINY_ARCH, deploy=True).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    assert_close(fresh(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_wrong_fusion_is_caught():
+    """The comparison above fails when one branch's bias is lost."""
+    model = randomize_norms_(tiny()).double().eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = model(x)
+    model.stages[1].blocks[0].ffn.pos_encoding.branches[3].bn.bias.data.zero_()
+    model.switch_to_deploy()
+    with pytest.raises(AssertionError):
+        assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_initialization():
+    model = LinGlo('b0')
+    model.init_weights()
+    block = model.stages[2].blocks[0]
+    for weight in (block.attn.key.weight, block.ffn.fc1.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    # fan-out: 3 * 3 * 160 for the down-sampling, 3 * 3 for a depth-wise kernel
+    assert model.stages[2].downsample.conv.weight.std().item() == pytest.approx(
+        math.sqrt(2 / 1440), rel=0.05
+    )
+    kernel = block.ffn.pos_encoding.branches[0].conv.weight
+    assert kernel.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
+    assert block.attn.key.bias.count_nonzero() == 0
+    assert torch.equal(block.norm1.weight, torch.ones(160))
+
+
+def test_other_initializers_apply_on_top():
+    model = LinGlo(arch=TINY_ARCH, init_cfg=dict(type='Constant', layer='LayerNorm', val=3.0))
+    model.init_weights()
+    assert torch.equal(model.patch_embed.norm.weight, torch.full((8,), 3.0))
+    assert model.stages[0].blocks[0].attn.key.weight.std() > 0
+
+
+def test_in_channels_and_norm_cfg():
+    model = LinGlo(arch=TINY_ARCH, in_channels=5, norm_cfg=dict(type='BN', momentum=0.03))
+    assert model(torch.rand(2, 5, 32, 32))[0].shape == (2, 8, 8, 8)
+    momenta = {m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
+    assert momenta == {0.03}
+
+
+def test_arch_of_another_number_of_stages():
+    arch = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratio=(2, 2))
+    outs = LinGlo(arch=arch, out_indices=(0, 1))(torch.rand(1, 3, 64, 64))
+    assert [tuple(out.shape) for out in outs] == [(1, 8, 16, 16), (1, 16, 8, 8)]
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(arch='b9'), r"\['b0', 'b1', 'b2'\] or a dict, got 'b9'"),
+        (dict(arch=dict(embed_dims=(8,))), 'depths'),
+        (dict(arch={**TINY_ARCH, 'depths': (1, 2)}), 'equally long'),
+        (dict(out_indices=(0, 4)), r'\[-4, 3\], got \(0, 4\)'),
+        (dict(out_indices=(1, -3)), 'distinct'),
+        (dict(out_indices=()), 'at least one'),
+        (dict(frozen_stages=5), r'\[-1, 4\], got 5'),
+        (dict(drop_path_rate=1.0), 'got 1.0'),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        LinGlo(**kwargs)
+
+
+def test_images_must_not_be_too_small():
+    with pytest.raises(ValueError, match=r'\(1, 3, 31, 64\)'):
+        tiny()(torch.rand(1, 3, 31, 64))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_autocast_is_finite(dtype):
+    model = tiny().train()
+    with torch.autocast('cpu', dtype=dtype):
+        outs = model(10 * torch.randn(2, 3, 64, 64))
+        loss = sum(out.float().mean() for out in outs)
+    loss.backward()
+    assert all(out.isfinite().all() for out in outs)
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,149 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+from collections import OrderedDict
+
+import pytest
+import torch
+from conftest import TINY_ARCH, randomize_norms_
+from mmengine.logging import HistoryBuffer, MMLogger
+
+from mmlinglo import LinGlo
+from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
+
+
+def source_backbone(**kwargs):
+    model = LinGlo(arch=TINY_ARCH, **{'out_indices': (3,), **kwargs})
+    model.init_weights()
+    return randomize_norms_(model)
+
+
+def pretrained(path, **kwargs):
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone.')
+    return LinGlo(arch=TINY_ARCH, **{'init_cfg': init_cfg, **kwargs})
+
+
+def classifier_weights(backbone, prefix='backbone.'):
+    weights = {prefix + key: value for key, value in backbone.state_dict().items()}
+    return OrderedDict(weights, **{'head.fc.weight': torch.rand(5, 32)})
+
+
+@pytest.fixture
+def log(caplog):
+    logger = MMLogger.get_instance('test_checkpoint')
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda weights: weights,
+        lambda weights: {'state_dict': weights, 'meta': {'epoch': 3}},
+        lambda weights: {'model': weights},
+        lambda weights: {'state_dict': {f'module.{k}': v for k, v in weights.items()}},
+    ],
+)
+def test_a_detector_gets_every_shared_tensor(tmp_path, wrap, log):
+    source = source_backbone()
+    torch.save(wrap(classifier_weights(source)), tmp_path / 'cls.pth')
+    model = pretrained(tmp_path / 'cls.pth', out_indices=(1, 2, 3))
+    model.init_weights()
+    expected = source.state_dict()
+    loaded = model.state_dict()
+    assert set(loaded) - set(expected) == {
+        f'norm{i}.{name}' for i in (1, 2) for name in ('weight', 'bias')
+    }
+    for key, value in expected.items():
+        assert torch.equal(loaded[key], value), key
+    assert torch.equal(model.norm1.weight, torch.ones(16))
+    total = len(loaded)
+    assert f'loaded {total - 4} of {total} backbone tensors' in log.text
+    assert 'norm1.weight' in log.text
+
+
+def test_a_bare_backbone_and_a_shallower_model(tmp_path):
+    source = source_backbone()
+    torch.save(source.state_dict(), tmp_path / 'backbone.pth')
+    model = pretrained(tmp_path / 'backbone.pth', out_indices=(1,))
+    model.init_weights()
+    key = 'stages.1.blocks.0.attn.key.weight'
+    assert torch.equal(model.state_dict()[key], source.state_dict()[key])
+
+
+def test_a_file_that_matches_nothing_is_an_error(tmp_path):
+    torch.save({'state_dict': {'backbone.conv1.weight': torch.rand(3)}}, tmp_path / 'other.pth')
+    model = pretrained(tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match=r'tensors missing: patch_embed\.conv\.weight'):
+        model.init_weights()
+
+
+def test_one_missing_or_misshapen_tensor_is_an_error(tmp_path):
+    weights = classifier_weights(source_backbone())
+    missing = weights.pop('backbone.stages.2.blocks.0.attn.saliency')
+    torch.save(weights, tmp_path / 'missing.pth')
+    with pytest.raises(CheckpointError, match=r'1 tensors missing: .*saliency'):
+        pretrained(tmp_path / 'missing.pth').init_weights()
+    weights['backbone.stages.2.blocks.0.attn.saliency'] = missing.flatten()
+    torch.save(weights, tmp_path / 'shape.pth')
+    with pytest.raises(CheckpointError, match=r'\(24,\) instead of \(3, 8\)'):
+        pretrained(tmp_path / 'shape.pth').init_weights()
+
+
+def test_deployed_weights_are_recognised(tmp_path):
+    source = source_backbone().eval()
+    source.switch_to_deploy()
+    torch.save(classifier_weights(source), tmp_path / 'deployed.pth')
+    with pytest.raises(CheckpointError, match='build the model with deploy=True'):
+        pretrained(tmp_path / 'deployed.pth').init_weights()
+    pretrained(tmp_path / 'deployed.pth', deploy=True).init_weights()
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        pretrained(tmp_path / 'nowhere.pth').init_weights()
+    message = str(error.value)
+    assert str(tmp_path / 'nowhere.pth') in message
+    assert 'dist_train.sh configs/imagenet/' in message
+    assert 'model.backbone.init_cfg.checkpoint=FILE' in message
+    assert 'model.backbone.init_cfg=None' in message
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ('this must not run',)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, capsys):
+    torch.save({'state_dict': {}, 'meta': Malicious()}, tmp_path / 'bad.pth')
+    with pytest.raises(CheckpointError, match='read safely'):
+        load_checkpoint_file(str(tmp_path / 'bad.pth'))
+    assert capsys.readouterr().out == ''
+
+
+def test_what_a_runner_writes_can_be_read(tmp_path):
+    buffer = HistoryBuffer()
+    buffer.update(0.5)
+    torch.save({'state_dict': {}, 'message_hub': {'loss': buffer}}, tmp_path / 'runner.pth')
+    loaded = load_checkpoint_file(str(tmp_path / 'runner.pth'))
+    assert loaded['message_hub']['loss'].current() == 0.5
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'PK\x03\x04 cut off'])
+def test_a_damaged_file_is_an_error(tmp_path, content):
+    (tmp_path / 'damaged.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'damaged\.pth'):
+        load_checkpoint_file(str(tmp_path / 'damaged.pth'))
+
+
+def test_whole_models_are_strict():
+    model = source_backbone()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    weights = {**source_backbone().state_dict(), 'extra': torch.rand(1)}
+    with pytest.raises(
+        CheckpointError, match=r"'file' does not fit .* 1 tensors unexpected: extra"
+    ):
+        load_model_weights(model, {'state_dict': weights}, 'file')
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    del weights['extra']
+    load_model_weights(model, {'state_dict': weights}, 'file')
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())

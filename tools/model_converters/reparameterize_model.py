@@ -1,0 +1,83 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Convert a trained classifier, detector or segmentor to its re-parameterised form.
+
+The outputs of both forms are compared first; the file is written only if they agree.
+"""
+
+import argparse
+import copy
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+import mmlinglo
+from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
+from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
+from mmlinglo.utils.deploy import build_model, relative_difference, switch_to_deploy
+
+TOLERANCE = 1e-4  # relative; float32 rounding of the fused weights gives about 1e-6
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config_parser(__doc__)
+    parser.add_argument('checkpoint', help='checkpoint of the training form')
+    parser.add_argument('out', help='file to write')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    if cfg.model.get('backbone', {}).get('deploy', False):
+        raise UsageError(f'{args.config} builds the deployed form already')
+    out = Path(args.out)
+    if out.exists() and out.samefile(args.checkpoint):
+        raise UsageError(f'{args.out!r} is the checkpoint itself: name another file')
+    if out.is_dir():
+        raise UsageError(f'{args.out!r} is a folder: name a file')
+    checkpoint = load_checkpoint_file(args.checkpoint)
+
+    model = build_model(cfg).eval()
+    load_model_weights(model, checkpoint, args.checkpoint)
+    deployed = copy.deepcopy(model)
+    switch_to_deploy(deployed)
+    difference = relative_difference(model, deployed)
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f'the re-parameterised model differs from {args.checkpoint!r} by {difference:.1e} of '
+            f'its largest output, more than {TOLERANCE:.0e}: nothing was written'
+        )
+
+    meta = dict(checkpoint.get('meta', {}))
+    cfg.model.backbone.deploy = True
+    meta.update(
+        cfg=cfg.pretty_text,
+        mmlinglo_version=mmlinglo.__version__,
+        reparameterized=dict(relative_difference=difference),
+    )
+    write(dict(meta=meta, state_dict=deployed.state_dict()), out)
+    before, after = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, deployed))
+    print(
+        f'{out}: {before:.2f} M -> {after:.2f} M parameters, outputs differ by {difference:.1e} '
+        f'(relative)\nuse it with --cfg-options model.backbone.deploy=True'
+    )
+
+
+def write(checkpoint: dict, out: Path) -> None:
+    """Write the file under another name and move it into place when it is complete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=out.parent, suffix=out.suffix, delete=False) as file:
+        try:
+            torch.save(checkpoint, file)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, out)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+if __name__ == '__main__':
+    run(main)

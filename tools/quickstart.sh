@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# bash tools/quickstart.sh [detection|segmentation|classification]
+# Sets the environment up if need be, makes a small synthetic data set, trains LinGlo-b0 on it, evaluates it and draws
+# its predictions on unseen pictures. Everything ends up in data/shapes/ and work_dirs/quickstart-<task>/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+TASK=${1:-detection}
+case $TASK in
+detection)
+    CONFIG=configs/quickstart/retinanet_linglo-b0_fpn_2xb8-8e_shapes.py
+    PAPER=configs/coco/retinanet_linglo-b1_fpn_1x_coco.py
+    DATA='COCO in data/coco'
+    ;;
+segmentation)
+    CONFIG=configs/quickstart/fpn_linglo-b0_2xb8-160_shapes-160x160.py
+    PAPER=configs/ade20k/fpn_linglo-b1_8xb4-40k_ade20k-512x512.py
+    DATA='ADE20K in data/ade'
+    ;;
+classification)
+    CONFIG=configs/quickstart/linglo-b0_2xb32-20e_shapes.py
+    PAPER=configs/imagenet/linglo-b1_8xb128_in1k.py
+    DATA='ImageNet in data/imagenet'
+    ;;
+*)
+    sed -n '2,4s/^# //p' "$0" >&2
+    exit 2
+    ;;
+esac
+WORK_DIR=work_dirs/quickstart-$TASK
+
+say() { echo "[quickstart] $*"; }
+
+if [ -z "${PYTHON:-}" ]; then bash tools/setup_env.sh; fi
+source tools/python.sh
+
+start=$SECONDS
+"$PYTHON" tools/misc/make_shapes.py data/shapes
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+processes=$((gpus > 0 ? gpus : 2))
+say "training $CONFIG in $processes processes on $([ "$gpus" -gt 0 ] && echo "$gpus GPUs" || echo 'the CPU')"
+rm -rf "$WORK_DIR"
+bash tools/dist_train.sh "$CONFIG" "$processes" --work-dir "$WORK_DIR"
+CHECKPOINT=$(cat "$WORK_DIR/last_checkpoint")
+
+say "evaluating $CHECKPOINT"
+"$PYTHON" tools/test.py "$CONFIG" "$CHECKPOINT" --work-dir "$WORK_DIR/test"
+say 'drawing predictions on unseen pictures'
+"$PYTHON" tools/infer.py "$CONFIG" "$CHECKPOINT" data/shapes/demo --out-dir "$WORK_DIR"
+"$PYTHON" tools/misc/make_sheet.py "$WORK_DIR/vis" "$WORK_DIR/pictures.png"
+
+METRICS=$(find "$WORK_DIR/test" -name '*.json' | sort | tail -n 1)
+echo
+say "done in $((SECONDS - start)) s"
+say "metrics on the validation scenes: $(cat "$METRICS")"
+say "pictures with predictions:        $WORK_DIR/pictures.png, one by one in $WORK_DIR/vis/"
+say "next, with $DATA:  bash tools/dist_train.sh $PAPER 8"
