@@ -37,7 +37,7 @@ def test_every_recipe_is_in_the_index():
 def test_mmpretrain_reads_the_index():
     from mmpretrain.apis.model import ModelHub
 
-    ModelHub.register_model_index(ROOT / 'model-index.yml')
+    ModelHub.register_model_index(ROOT / 'model-index.yml', config_prefix=ROOT)
     assert ModelHub.has('linglo-b1_8xb128_in1k')
     assert ModelHub.get('linglo-b1_8xb128_in1k').config.model.backbone.arch == 'b1'
 

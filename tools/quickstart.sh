@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TASK=${1:-detection}
 case $TASK in
 detection)
-    CONFIG=configs/quickstart/retinanet_linglo-b0_fpn_2xb8-8e_shapes.py
+    CONFIG=configs/quickstart/retinanet_linglo-b0_fpn_2xb4-3e_shapes.py
     PAPER=configs/coco/retinanet_linglo-b1_fpn_1x_coco.py
     DATA='COCO in data/coco'
     ;;
@@ -17,7 +17,7 @@ segmentation)
     DATA='ADE20K in data/ade'
     ;;
 classification)
-    CONFIG=configs/quickstart/linglo-b0_2xb32-20e_shapes.py
+    CONFIG=configs/quickstart/linglo-b0_2xb16-8e_shapes.py
     PAPER=configs/imagenet/linglo-b1_8xb128_in1k.py
     DATA='ImageNet in data/imagenet'
     ;;

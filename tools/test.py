@@ -3,14 +3,27 @@
 
 import argparse
 import os.path as osp
+from typing import Any
 
 from mmengine.config import Config
-from mmengine.evaluator import DumpResults
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmlinglo.utils import load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, load_runner_config, run, runner_parser
+
+
+class StrictRunner(Runner):
+    """Runner that loads the checkpoint it was given whole or not at all."""
+
+    checkpoint: dict
+
+    def load_checkpoint(self, filename: str, *_: Any, **__: Any) -> dict:
+        self.call_hook('after_load_checkpoint', checkpoint=self.checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        load_model_weights(model, self.checkpoint, filename)
+        self.logger.info(f'Load checkpoint from {filename}')
+        return self.checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,39 +57,31 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
             cfg.visualizer.save_dir = show_dir
 
 
+def save_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Add what writes ``--out``: mmseg's metric itself, a metric of its own in the other toolboxes."""
+    to_folder = cfg.default_scope == 'mmseg'
+    if args.out.endswith(('.pkl', '.pickle')) == to_folder:
+        expected = 'a folder' if to_folder else 'a .pkl file'
+        raise UsageError(f'--out must be {expected} for this config, got {args.out!r}')
+    if to_folder:
+        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+    else:
+        dump = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
+        cfg.test_evaluator = [cfg.test_evaluator, dict(type=dump, out_file_path=args.out)]
+
+
 def main() -> None:
     args = parse_args()
-    segmentation = False
-    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
-        segmentation = True
     cfg = load_runner_config(args)
-    if args.out is not None and segmentation != (cfg.default_scope == 'mmseg'):
-        expected = 'a folder' if cfg.default_scope == 'mmseg' else 'a .pkl file'
-        raise UsageError(f'--out must be {expected} for this config, got {args.out!r}')
     if args.show or args.show_dir is not None:
         enable_visualization(cfg, args)
-    if segmentation:
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+    if args.out is not None:
+        save_predictions(cfg, args)
     checkpoint = load_checkpoint_file(args.checkpoint)
-    cfg.load_from = None
-
-    runner = Runner.from_cfg(cfg)
-    if args.out is not None and not segmentation:
-        runner.test_evaluator.metrics.append(dump_metric(cfg.default_scope, args.out))
-    # As Runner.load_checkpoint does, but strict and without running code from the file.
-    runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    load_model_weights(model, checkpoint, args.checkpoint)
+    cfg.load_from = args.checkpoint
+    runner = StrictRunner.from_cfg(cfg)
+    runner.checkpoint = checkpoint
     runner.test()
-
-
-def dump_metric(scope: str, out: str) -> DumpResults:
-    """Metric that saves the predictions; mmdet's encodes masks compactly."""
-    if scope == 'mmdet':
-        from mmdet.evaluation import DumpDetResults
-
-        return DumpDetResults(out_file_path=out)
-    return DumpResults(out_file_path=out)
 
 
 if __name__ == '__main__':

@@ -2,9 +2,13 @@
 """Real trainings on a very small synthetic data set, through the command lines."""
 
 import json
+import os
 import pickle
 import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import pytest
 import torch
 from conftest import ROOT, run_tool
@@ -12,9 +16,9 @@ from conftest import ROOT, run_tool
 pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / 'configs/quickstart'
 TASKS = dict(
-    detection='retinanet_linglo-b0_fpn_2xb8-8e_shapes.py',
+    detection='retinanet_linglo-b0_fpn_2xb4-3e_shapes.py',
     segmentation='fpn_linglo-b0_2xb8-160_shapes-160x160.py',
-    classification='linglo-b0_2xb32-20e_shapes.py',
+    classification='linglo-b0_2xb16-8e_shapes.py',
 )
 SUB_FOLDERS = dict(detection='coco/', segmentation='ade/', classification='imagenet')
 LAST = dict(detection='epoch_2', segmentation='iter_4', classification='epoch_2')
@@ -109,6 +113,7 @@ def test_inference_and_deployment(trained, shapes, tmp_path):
     assert not any('branches' in key for key in state['state_dict'])
 
     demo = shapes / 'demo'
+    sheet = tmp_path / 'sheet.png'
     runs = {
         'plain': [config, checkpoint, demo],
         'flag': [config, checkpoint, demo, '--deploy'],
@@ -121,6 +126,8 @@ def test_inference_and_deployment(trained, shapes, tmp_path):
         assert len(list((out / 'vis').iterdir())) == 2
         predictions[name] = sorted((out / 'preds').iterdir())
         assert len(predictions[name]) == 2
+    run_tool('tools/misc/make_sheet.py', tmp_path / 'plain/vis', sheet, '--size', 100)
+    assert cv2.imread(str(sheet)).shape == (116, 224, 3)
     for name in ('flag', 'file'):
         for first, second in zip(predictions['plain'], predictions[name]):
             if first.suffix == '.json':
@@ -184,3 +191,37 @@ def test_synchronised_ranks(shapes, tmp_path):
     assert any('running_var' in key for key in first)
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+def test_two_nodes(shapes, tmp_path):
+    """NNODES, NODE_RANK, MASTER_ADDR and PORT: two nodes of one process each, on this machine."""
+    config = write_config(tmp_path / 'config.py', shapes, 'classification')
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    nodes = dict(NNODES='2', MASTER_ADDR='127.0.0.1', PORT=port)
+    with ThreadPoolExecutor() as pool:
+        args = ('tools/dist_train.sh', config, 1, '--work-dir', tmp_path / 'work')
+        runs = [pool.submit(run_tool, *args, NODE_RANK=str(rank), **nodes) for rank in range(2)]
+        for run in runs:
+            run.result()
+    state = torch.load(tmp_path / 'work/epoch_2.pth', weights_only=False)
+    assert state['meta']['iter'] == 4  # 16 scenes in batches of 4 on two nodes, two epochs
+
+
+@pytest.mark.parametrize('script', ['slurm_train.sh', 'slurm_test.sh'])
+def test_slurm_command(script, tmp_path):
+    """What the scripts ask of srun, seen by a stand-in for it."""
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    environment = dict(
+        PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS='16', SRUN_ARGS='--exclude=a --qos=b'
+    )
+    result = run_tool(f'tools/{script}', 'part', 'job', 'c.py', 'last', '--amp', **environment)
+    words = result.stdout.splitlines()
+    assert words[:2] == ['-p', 'part']
+    expected = {'--job-name=job', '--ntasks=16', '--ntasks-per-node=8', '--gres=gpu:8'}
+    assert expected | {'--exclude=a', '--qos=b'} <= set(words)
+    tail = ['--work-dir', 'last'] if script == 'slurm_train.sh' else ['last']
+    assert words[-len(tail) - 4 :] == ['c.py', *tail, '--launcher', 'slurm', '--amp']

@@ -167,7 +167,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('out', help='folder to make; must not exist, or hold the same data set')
-    parser.add_argument('--num-train', type=int, default=480, help='training scenes')
+    parser.add_argument('--num-train', type=int, default=1200, help='training scenes')
     parser.add_argument('--num-val', type=int, default=120, help='validation scenes')
     parser.add_argument('--num-demo', type=int, default=6, help='unlabelled scenes, 3 times larger')
     parser.add_argument('--size', type=int, default=160, help='height and width in pixels')

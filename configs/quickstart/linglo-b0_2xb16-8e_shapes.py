@@ -32,7 +32,7 @@ test_pipeline = [
     dict(type='PackInputs'),
 ]
 train_dataloader = dict(
-    batch_size=32,
+    batch_size=16,
     num_workers=1,
     sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True),
     dataset=dict(
@@ -45,7 +45,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=32,
+    batch_size=16,
     num_workers=1,
     dataset=dict(
         _delete_=True,
@@ -66,6 +66,6 @@ param_scheduler = [
     # without `end`, until the last epoch
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(max_epochs=20, val_interval=20)
-default_hooks = dict(logger=dict(interval=7))
-auto_scale_lr = dict(base_batch_size=64)
+train_cfg = dict(max_epochs=8, val_interval=8)
+default_hooks = dict(logger=dict(interval=25))
+auto_scale_lr = dict(base_batch_size=32)

@@ -2,7 +2,7 @@
 
     bash tools/quickstart.sh detection
 
-For one's own COCO-format data inherit from it, as retinanet_linglo-b0_fpn_2xb8-20e_bccd-320x240.py does.
+For one's own COCO-format data inherit from it, as retinanet_linglo-b0_fpn_2xb4-20e_bccd-320x240.py does.
 """
 
 _base_ = [
@@ -53,7 +53,7 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,  # many small steps learn faster than few large ones here
     num_workers=1,
     dataset=dict(
         data_root=data_root,
@@ -87,5 +87,6 @@ param_scheduler = [
     # without `end`, until the last epoch
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(max_epochs=8, val_interval=8)
-default_hooks = dict(logger=dict(interval=10))
+train_cfg = dict(max_epochs=3, val_interval=3)
+default_hooks = dict(logger=dict(interval=25))
+auto_scale_lr = dict(base_batch_size=8)
