@@ -7,12 +7,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TASK=${1:-detection}
 case $TASK in
 detection)
-    CONFIG=configs/quickstart/retinanet_linglo-b0_fpn_2xb4-3e_shapes.py
+    CONFIG=configs/quickstart/retinanet_linglo-b0_fpn_2xb4-2e_shapes.py
     PAPER=configs/coco/retinanet_linglo-b1_fpn_1x_coco.py
     DATA='COCO in data/coco'
     ;;
 segmentation)
-    CONFIG=configs/quickstart/fpn_linglo-b0_2xb8-160_shapes-160x160.py
+    CONFIG=configs/quickstart/fpn_linglo-b0_2xb4-360_shapes-160x160.py
     PAPER=configs/ade20k/fpn_linglo-b1_8xb4-40k_ade20k-512x512.py
     DATA='ADE20K in data/ade'
     ;;

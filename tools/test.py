@@ -45,7 +45,7 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise UsageError(f'--show and --show-dir need default_hooks.visualization in {args.config}')
-    hook.update(show=args.show, wait_time=args.wait_time)
+    hook.update(show=args.show, wait_time=args.wait_time, interval=1)
     hook['enable' if cfg.default_scope == 'mmpretrain' else 'draw'] = True
     if args.show_dir is not None:
         show_dir = osp.abspath(args.show_dir)

@@ -15,7 +15,7 @@ metainfo = dict(
     classes=('background', 'disc', 'square', 'triangle', 'star'),
     palette=[[60, 60, 60], [230, 70, 70], [70, 160, 230], [90, 200, 90], [240, 200, 60]],
 )
-max_iters = 160
+max_iters = 360
 
 model = dict(
     data_preprocessor=dict(size=(160, 160)),
@@ -39,7 +39,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         type='BaseSegDataset',
@@ -69,5 +69,5 @@ param_scheduler = [
     dict(type='PolyLR', power=0.9, eta_min=0.0, begin=20, end=max_iters, by_epoch=False),
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=max_iters))
-auto_scale_lr = dict(base_batch_size=16)
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=max_iters))
+auto_scale_lr = dict(base_batch_size=8)
