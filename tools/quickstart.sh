@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TASK=${1:-detection}
 case $TASK in
 detection)
-    CONFIG=configs/quickstart/retinanet_linglo-b0_fpn_2xb4-2e_shapes.py
+    CONFIG=configs/quickstart/retinanet_linglo-b0_fpn_2xb4-3e_shapes.py
     PAPER=configs/coco/retinanet_linglo-b1_fpn_1x_coco.py
     DATA='COCO in data/coco'
     ;;

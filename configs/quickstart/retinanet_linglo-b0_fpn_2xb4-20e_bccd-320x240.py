@@ -3,7 +3,7 @@
 Here blood cells (BCCD, 292 pictures): python tools/train.py THIS_FILE --cfg-options ... or tools/dist_train.sh THIS_FILE 2
 """
 
-_base_ = './retinanet_linglo-b0_fpn_2xb4-2e_shapes.py'
+_base_ = './retinanet_linglo-b0_fpn_2xb4-3e_shapes.py'
 
 data_root = 'data/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))

@@ -10,7 +10,7 @@ from mmlinglo.models import ConditionalPositionalEncoding
 from mmlinglo.utils.deploy import build_model
 
 pytestmark = pytest.mark.slow
-DETECTOR = ROOT / 'configs/quickstart/retinanet_linglo-b0_fpn_2xb4-2e_shapes.py'
+DETECTOR = ROOT / 'configs/quickstart/retinanet_linglo-b0_fpn_2xb4-3e_shapes.py'
 CLASSIFIER = ROOT / 'configs/quickstart/linglo-b0_2xb16-8e_shapes.py'
 CONVERT = 'tools/model_converters/reparameterize_model.py'
 

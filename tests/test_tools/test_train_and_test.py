@@ -16,7 +16,7 @@ from conftest import ROOT, run_tool
 pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / 'configs/quickstart'
 TASKS = dict(
-    detection='retinanet_linglo-b0_fpn_2xb4-2e_shapes.py',
+    detection='retinanet_linglo-b0_fpn_2xb4-3e_shapes.py',
     segmentation='fpn_linglo-b0_2xb4-360_shapes-160x160.py',
     classification='linglo-b0_2xb16-8e_shapes.py',
 )

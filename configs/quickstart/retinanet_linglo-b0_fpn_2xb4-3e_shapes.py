@@ -87,6 +87,6 @@ param_scheduler = [
     # without `end`, until the last epoch
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(max_epochs=2, val_interval=2)
+train_cfg = dict(max_epochs=3, val_interval=3)
 default_hooks = dict(logger=dict(interval=25))
 auto_scale_lr = dict(base_batch_size=8)
