@@ -13,7 +13,10 @@ _base_ = [
 ]
 
 data_root = 'data/shapes/coco/'
-metainfo = dict(classes=('disc', 'square', 'triangle', 'star'))
+metainfo = dict(
+    classes=('disc', 'square', 'triangle', 'star'),
+    palette=[(230, 70, 70), (70, 160, 230), (90, 200, 90), (240, 200, 60)],
+)
 
 # A quarter of the usual head: with images this small it would cost more than the backbone.
 model = dict(

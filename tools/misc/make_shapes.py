@@ -6,7 +6,7 @@ The same scenes are written in the layout of each task::
     OUT/coco/{train,val}/*.jpg, OUT/coco/annotations/{train,val}.json      boxes, as COCO
     OUT/ade/{images,annotations}/{training,validation}/*                   masks, as ADE20K (0 = unlabelled)
     OUT/imagenet/{train,val}/<class>/*.jpg                                 one class a scene, as ImageNet
-    OUT/demo/*.jpg                                                         unlabelled, larger, for inference
+    OUT/demo/*.jpg                                                         unlabelled, enlarged, for inference
 
 A scene's class is that of its largest shape, which is clearly larger than the others.
 """
@@ -17,7 +17,7 @@ import os.path as osp
 import shutil
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Tuple
 
 import cv2
 import numpy as np
@@ -76,21 +76,18 @@ def corners_of(label: int, centre: np.ndarray, radius: float, angle: float) -> n
     return centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def make_scene(rng: np.random.Generator, size: int, scale: int = 1):  # noqa: ANN201
+def make_scene(rng: np.random.Generator, size: int) -> Tuple[np.ndarray, List[Shape]]:
     """One scene of one large and up to four small shapes that do not touch.
 
     Args:
         rng: Source of randomness.
         size: Height and width in pixels.
-        scale: Enlargement of the picture.
 
     Returns:
-        The BGR image, (size * scale, size * scale, 3) of uint8, and the list
-        of shapes, the largest first.
+        The BGR image, (size, size, 3) of uint8, and the shapes, the largest first.
     """
-    pixels = size * scale
     # a dull background and bright shapes: small ones must be learnt within minutes
-    image = 0.3 + 0.3 * noise(rng, pixels, 5, 1) + 0.15 * noise(rng, pixels, 5, 3)
+    image = 0.3 + 0.3 * noise(rng, size, 5, 1) + 0.15 * noise(rng, size, 5, 3)
     placed, shapes = [], []
     for i in range(1 + rng.integers(5)):
         for _ in range(50):
@@ -103,10 +100,10 @@ def make_scene(rng: np.random.Generator, size: int, scale: int = 1):  # noqa: AN
         placed.append((centre, radius))
         label = int(rng.integers(len(CLASSES)))
         angle = rng.uniform(-0.4, 0.4) - np.pi / 2  # nearly upright, the first corner on top
-        corners = corners_of(label, centre, radius, angle) * scale
-        mask = np.zeros((pixels, pixels), np.uint8)
+        corners = corners_of(label, centre, radius, angle)
+        mask = np.zeros((size, size), np.uint8)
         cv2.fillPoly(mask, [np.round(corners).astype(np.int32)], 1)
-        fill = texture(rng, pixels)
+        fill = texture(rng, size)
         image = np.where(mask[..., None] > 0, fill, image)
         shapes.append(Shape(label, corners, mask > 0))
     image = image + rng.normal(0, 0.03, image.shape)
@@ -169,7 +166,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('out', help='folder to make; must not exist, or hold the same data set')
     parser.add_argument('--num-train', type=int, default=1200, help='training scenes')
     parser.add_argument('--num-val', type=int, default=120, help='validation scenes')
-    parser.add_argument('--num-demo', type=int, default=6, help='unlabelled scenes, 3 times larger')
+    parser.add_argument(
+        '--num-demo', type=int, default=6, help='unlabelled scenes, enlarged 3 times'
+    )
     parser.add_argument('--size', type=int, default=160, help='height and width in pixels')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args()
@@ -199,7 +198,8 @@ def main() -> None:
         write_split(work, 'val', args.num_val, args.size, val)
         (work / 'demo').mkdir()
         for i in range(args.num_demo):
-            image, _ = make_scene(demo, args.size, scale=3)
+            image, _ = make_scene(demo, args.size)
+            image = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
             cv2.imwrite(str(work / 'demo' / f'{i:06d}.jpg'), image)
         (work / 'settings.json').write_text(json.dumps(settings))
         work.chmod(0o755)

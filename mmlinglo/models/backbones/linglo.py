@@ -233,6 +233,11 @@ class LinGlo(BaseModule):
             self.stages.append(LinGloStage(downsample if i else None, blocks, with_cp))
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm(embed_dims[i]))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # All maps are channels-last, and so are the gradients of the kernels: with kernels
+                # of the same layout DistributedDataParallel need not copy them.
+                module.weight.data = module.weight.data.clone(memory_format=torch.channels_last)
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
