@@ -86,6 +86,7 @@ def classify(config: str, weights: str, pictures: List[str], args: argparse.Name
     from mmpretrain.apis import ImageClassificationInferencer
 
     out = Path(args.out_dir)
+    (out / 'vis').mkdir(parents=True, exist_ok=True)
     inferencer = ImageClassificationInferencer(
         config, weights, device=args.device or default_device()
     )

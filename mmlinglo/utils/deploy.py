@@ -33,7 +33,7 @@ def switch_to_deploy(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def relative_difference(first: nn.Module, second: nn.Module, image_size: int = 224) -> float:
+def relative_difference(first: nn.Module, second: nn.Module, image_size: int = 128) -> float:
     """Largest difference of two models' raw outputs, over the largest output of each tensor.
 
     Both see the same two random images in float64, so that what remains is the
