@@ -22,7 +22,7 @@ classification)
     DATA='ImageNet in data/imagenet'
     ;;
 *)
-    sed -n '2,4s/^# //p' "$0" >&2
+    sed -n '2,/^set /s/^# //p' "$0" >&2
     exit 2
     ;;
 esac
@@ -31,7 +31,7 @@ WORK_DIR=work_dirs/quickstart-$TASK
 say() { echo "[quickstart] $*"; }
 
 if [ -z "${PYTHON:-}" ]; then bash tools/setup_env.sh; fi
-source tools/python.sh
+source tools/common.sh
 
 start=$SECONDS
 "$PYTHON" tools/misc/make_shapes.py data/shapes

@@ -1,0 +1,37 @@
+# To be sourced by the scripts beside it. Sets ROOT, the checkout, and PYTHON: as given, else the checkout's .venv,
+# else `python`.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${MMLINGLO_VENV:-$ROOT/.venv}
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python
+    if [ -x "$VENV/bin/python" ]; then PYTHON=$VENV/bin/python; fi
+fi
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+
+# The comment at the top of the script, then exit status 2.
+usage() {
+    sed -n '2,/^set /s/^# //p' "$0" >&2
+    exit 2
+}
+
+# dist_launch GPUS SCRIPT ARGUMENTS...: this node's processes, by torchrun.
+dist_launch() {
+    local gpus=$1 rendezvous=(--standalone) # any free port
+    shift
+    if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
+        rendezvous=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
+    fi
+    exec "$PYTHON" -m torch.distributed.run --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
+        --nproc_per_node "$gpus" "${rendezvous[@]}" "$@" --launcher pytorch
+}
+
+# slurm_launch PARTITION JOB_NAME SCRIPT ARGUMENTS...
+slurm_launch() {
+    local partition=$1 job_name=$2 gpus_per_node=${GPUS_PER_NODE:-8}
+    shift 2
+    # shellcheck disable=SC2086 # SRUN_ARGS holds several words
+    exec srun -p "$partition" --job-name="$job_name" --gres="gpu:$gpus_per_node" \
+        --ntasks="${GPUS:-8}" --ntasks-per-node="$gpus_per_node" \
+        --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 \
+        ${SRUN_ARGS:-} "$PYTHON" -u "$@" --launcher slurm
+}
