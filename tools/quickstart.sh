@@ -45,7 +45,7 @@ CHECKPOINT=$(cat "$WORK_DIR/last_checkpoint")
 say "evaluating $CHECKPOINT"
 "$PYTHON" tools/test.py "$CONFIG" "$CHECKPOINT" --work-dir "$WORK_DIR/test"
 say 'drawing predictions on unseen pictures'
-"$PYTHON" tools/infer.py "$CONFIG" "$CHECKPOINT" data/shapes/demo --out-dir "$WORK_DIR"
+"$PYTHON" tools/infer.py "$CONFIG" "$CHECKPOINT" data/shapes/demo --out-dir "$WORK_DIR" --score-thr 0.5
 "$PYTHON" tools/misc/make_sheet.py "$WORK_DIR/vis" "$WORK_DIR/pictures.png"
 
 METRICS=$(find "$WORK_DIR/test" -name '*.json' | sort | tail -n 1)

@@ -110,6 +110,10 @@ def make_scene(rng: np.random.Generator, size: int) -> Tuple[np.ndarray, List[Sh
     return (image.clip(0, 1) * 255).astype(np.uint8), shapes
 
 
+def encode(image: np.ndarray) -> bytes:
+    return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
+
 def coco_annotation(index: int, image_id: int, shape: Shape) -> dict:
     ys, xs = np.nonzero(shape.mask)
     x, y = int(xs.min()), int(ys.min())
@@ -138,7 +142,7 @@ def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Ge
     for image_id in range(count):
         image, shapes = make_scene(rng, size)
         name = f'{image_id:06d}.jpg'
-        data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+        data = encode(image)
         scene_class = CLASSES[shapes[0].label]
         for folder in (folders[0], folders[1], root / 'imagenet' / split / scene_class):
             (folder / name).write_bytes(data)
@@ -198,9 +202,10 @@ def main() -> None:
         write_split(work, 'val', args.num_val, args.size, val)
         (work / 'demo').mkdir()
         for i in range(args.num_demo):
-            image, _ = make_scene(demo, args.size)
+            # Compressed before enlarging, as the training scenes are: the same noise, the same blur.
+            image = cv2.imdecode(np.frombuffer(encode(make_scene(demo, args.size)[0]), np.uint8), 1)
             image = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
-            cv2.imwrite(str(work / 'demo' / f'{i:06d}.jpg'), image)
+            (work / 'demo' / f'{i:06d}.jpg').write_bytes(encode(image))
         (work / 'settings.json').write_text(json.dumps(settings))
         work.chmod(0o755)
         work.rename(out)
