@@ -36,13 +36,17 @@ find_python() {
     done
     fail "no Python 3.10 to 3.13 found: install python3.11, or name one with PYTHON=..."
 }
-if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+# pip takes a package for installed whose files are only half there, so an interrupted environment is made anew.
+unfinished=$VENV/.mmlinglo-unfinished
+if [ -e "$unfinished" ] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     base=$(find_python)
     "$base" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$base has no venv module: on Debian or Ubuntu, apt-get install python3-venv"
     say "making $VENV with $("$base" --version)"
     "$base" -m venv --clear "$VENV"
 fi
+rm -f "$VENV/.mmlinglo-ready"
+touch "$unfinished"
 python=$VENV/bin/python
 pip=("$python" -m pip --disable-pip-version-check)
 
@@ -102,4 +106,5 @@ print(f'[setup_env] torch {torch.__version__}, mmcv {mmcv.__version__} with oper
       f'mmlinglo {mmlinglo.__version__}')
 CHECK
 echo "$stamp" >"$VENV/.mmlinglo-ready"
+rm "$unfinished"
 say "$VENV is ready"
