@@ -10,8 +10,8 @@ _base_ = [
     '../_base_/default_runtime_cls.py',
 ]
 
+# The classes are the names of the folders, in alphabetical order.
 data_root = 'data/shapes/imagenet'
-classes = ('disc', 'square', 'triangle', 'star')
 
 model = dict(
     backbone=dict(drop_path_rate=0.0),  # too few steps for regularization, here and in the pipeline
@@ -40,7 +40,6 @@ train_dataloader = dict(
         type='CustomDataset',
         data_root=data_root,
         data_prefix='train',
-        classes=classes,
         pipeline=train_pipeline,
     ),
 )
@@ -52,7 +51,6 @@ val_dataloader = dict(
         type='CustomDataset',
         data_root=data_root,
         data_prefix='val',
-        classes=classes,
         pipeline=test_pipeline,
     ),
 )

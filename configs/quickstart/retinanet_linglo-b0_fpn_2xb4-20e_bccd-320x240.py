@@ -1,6 +1,6 @@
 """The quickstart's recipe on one's own COCO-format data: `data_root` holds annotations/{train,val}.json, train/ and val/.
 
-Here blood cells (BCCD, 292 pictures): python tools/train.py THIS_FILE --cfg-options ... or tools/dist_train.sh THIS_FILE 2
+Here blood cells (BCCD, 292 pictures): bash tools/dist_train.sh THIS_FILE 2
 """
 
 _base_ = './retinanet_linglo-b0_fpn_2xb4-3e_shapes.py'

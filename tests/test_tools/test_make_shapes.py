@@ -3,7 +3,9 @@ import json
 
 import cv2
 import numpy as np
-from conftest import run_tool
+from conftest import ROOT, run_tool
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
 
 
 def test_the_three_layouts_show_the_same_scenes(shapes):
@@ -55,3 +57,14 @@ def test_never_overwrites(shapes):
     assert result.returncode == 1
     assert result.stderr.startswith(f'error: {shapes} exists')
     assert not list(shapes.parent.glob('.shapes-*'))
+
+
+def test_classifier_names_its_labels_rightly(shapes):
+    """Labels follow the sorted folders: names in another order would be drawn on the wrong pictures."""
+    cfg = Config.fromfile(ROOT / 'configs/quickstart/linglo-b0_2xb16-8e_shapes.py')
+    init_default_scope(cfg.default_scope)
+    cfg.val_dataloader.dataset.data_root = str(shapes / 'imagenet')
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    for i in range(len(dataset)):
+        info = dataset.get_data_info(i)
+        assert dataset.metainfo['classes'][info['gt_label']] == info['img_path'].split('/')[-2]
