@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 from .backbones import LinGlo
-from .layers import ConditionalPositionalEncoding, KeyOnlyAttention
+from .layers import ConditionalPositionalEncoding, DotProductAttention, KeyOnlyAttention
 
-__all__ = ['ConditionalPositionalEncoding', 'KeyOnlyAttention', 'LinGlo']
+__all__ = ['ConditionalPositionalEncoding', 'DotProductAttention', 'KeyOnlyAttention', 'LinGlo']

@@ -183,7 +183,7 @@ def test_arch_of_another_number_of_stages():
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [
-        (dict(arch='b9'), r"\['b0', 'b1', 'b2'\] or a dict, got 'b9'"),
+        (dict(arch='b9'), r"\['b0', 'b1', 'b2', 'b3', 'b4', 'b5'\] or a dict, got 'b9'"),
         (dict(arch=dict(embed_dims=(8,))), 'depths'),
         (dict(arch={**TINY_ARCH, 'depths': (1, 2)}), 'equally long'),
         (dict(out_indices=(0, 4)), r'\[-4, 3\], got \(0, 4\)'),
@@ -191,6 +191,12 @@ def test_arch_of_another_number_of_stages():
         (dict(out_indices=()), 'at least one'),
         (dict(frozen_stages=5), r'\[-1, 4\], got 5'),
         (dict(drop_path_rate=1.0), 'got 1.0'),
+        (dict(attention='query_key'), r"\['key_only', 'dot_product'\], got 'query_key'"),
+        (dict(pos_encoding='RPCPE'), r"'RP-CPE', 'absolute', None\), got 'RPCPE'"),
+        (dict(layout='C-H'), "'C-C-H-H', got 'C-H'"),
+        (dict(layout='CCHH'), "got 'CCHH'"),
+        (dict(layout='C-C-H-H', pos_encoding='absolute'), "got 'absolute'"),
+        (dict(arch={**TINY_ARCH, 'strides': (4, 2, 1, 2)}), 'stride 1 keeps the channels'),
     ],
 )
 def test_bad_arguments(kwargs, message):

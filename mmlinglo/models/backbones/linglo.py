@@ -1,10 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, constant_init, normal_init, trunc_normal_init
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
@@ -14,85 +12,50 @@ from torch.utils.checkpoint import checkpoint
 from mmlinglo.registry import MODELS
 from mmlinglo.utils.checkpoint import load_pretrained_backbone
 
-from ..layers import ConditionalPositionalEncoding, KeyOnlyAttention
+from ..layers import (
+    FFN,
+    AbsolutePositionEmbedding,
+    ConditionalPositionalEncoding,
+    ConvBlock,
+    DotProductAttention,
+    HybridBlock,
+    KeyOnlyAttention,
+    LayerNorm,
+    PatchEmbed,
+)
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # PVT's epsilon
-
-
-class PatchEmbed(nn.Module):
-    """Down-sampling convolution and LayerNorm (paper Sec. 3.3), (B, C, H, W) to (B, H', W', C')."""
-
-    def __init__(
-        self, in_channels: int, embed_dims: int, kernel_size: int, stride: int, padding: int
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, embed_dims, kernel_size, stride, padding)
-        self.norm = LayerNorm(embed_dims)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
-
-
-class FFN(nn.Module):
-    """Feed-forward network with the positional encoding inside (paper Fig. 2), on (B, H, W, C)."""
-
-    def __init__(
-        self, embed_dims: int, feedforward_channels: int, norm_cfg: Optional[dict], deploy: bool
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dims, feedforward_channels)
-        self.pos_encoding = ConditionalPositionalEncoding(
-            feedforward_channels, norm_cfg=norm_cfg, deploy=deploy
-        )
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(feedforward_channels, embed_dims)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A (B, H, W, C) tensor permuted to (B, C, H, W) is a channels-last map: no copy.
-        x = self.pos_encoding(self.fc1(x).permute(0, 3, 1, 2))
-        return self.fc2(self.act(x.permute(0, 2, 3, 1)))
-
-
-class LinGloBlock(nn.Module):
-    """Pre-norm encoder block (paper Fig. 3b), (B, H, W, C) to (B, H, W, C)."""
-
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        drop_path: float,
-        norm_cfg: Optional[dict],
-        deploy: bool,
-    ) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(embed_dims)
-        self.attn = KeyOnlyAttention(embed_dims, num_heads, qkv_bias)
-        self.norm2 = LayerNorm(embed_dims)
-        self.ffn = FFN(embed_dims, int(embed_dims * mlp_ratio), norm_cfg, deploy)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x).flatten(1, 2)).view_as(x))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+ATTENTIONS = {'key_only': KeyOnlyAttention, 'dot_product': DotProductAttention}
+CONDITIONAL_ENCODINGS = {  # paper Table 6
+    'CPE': dict(num_branches=1, skip=False),
+    'R-CPE': dict(num_branches=1, skip=True),
+    'P-CPE': dict(num_branches=4, skip=False),
+    'RP-CPE': dict(num_branches=4, skip=True),
+}
+POS_ENCODINGS = (*CONDITIONAL_ENCODINGS, 'absolute', None)
 
 
 class LinGloStage(nn.Module):
-    """Encoder blocks at one resolution, after a down-sampling layer in all stages but the first."""
+    """Blocks at one resolution, after a down-sampling layer and a position embedding if there are any."""
 
     def __init__(
-        self, downsample: Optional[PatchEmbed], blocks: List[LinGloBlock], with_cp: bool
+        self,
+        downsample: Optional[PatchEmbed],
+        pos_embed: Optional[AbsolutePositionEmbedding],
+        blocks: List[nn.Module],
+        with_cp: bool,
     ) -> None:
         super().__init__()
         self.downsample = downsample
+        self.pos_embed = pos_embed
         self.blocks = nn.ModuleList(blocks)
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C_in) to (B, ceil(H/2), ceil(W/2), C), or keep the size without a downsample."""
+        """Map (B, H, W, C_in) to (B, ceil(H / s), ceil(W / s), C) with the downsample's stride s or 1."""
         if self.downsample is not None:
             x = self.downsample(x.permute(0, 3, 1, 2))
+        if self.pos_embed is not None:
+            x = self.pos_embed(x)
         for block in self.blocks:
             if self.with_cp and x.requires_grad:
                 x = checkpoint(
@@ -119,12 +82,27 @@ class LinGlo(BaseModule):
     everywhere are PVT's choices, on which the paper builds.
 
     Args:
-        arch: ``'b0'``, ``'b1'``, ``'b2'`` (Sec. 3.4), or a dict with the keys
-            ``embed_dims``, ``depths``, ``num_heads`` and ``mlp_ratio``, each a
-            sequence with one entry per stage.
+        arch: ``'b0'``, ``'b1'``, ``'b2'`` (Sec. 3.4); ``'b3'``, ``'b4'``,
+            ``'b5'``, larger ones that are not the paper's: the widths and depths
+            of PVTv2-B3, B4, B5; or a dict with the keys ``embed_dims``,
+            ``depths``, ``num_heads`` and ``mlp_ratio``, each a sequence with one
+            entry per stage, and optionally ``strides`` (4, then 2 each; a
+            later stage of stride 1 has no down-sampling layer).
         in_channels: Channels of the images.
         drop_path_rate: Stochastic depth rate of the last block; it grows
             linearly from 0 at the first block.
+        attention: ``'key_only'``, or ``'dot_product'`` for the standard multi-head
+            kind (Sec. 5.2), quadratic in the image size.
+        pos_encoding: ``'RP-CPE'``, or another row of Table 6, ``'P-CPE'``,
+            ``'R-CPE'``, ``'CPE'``; ``'absolute'`` for a learned embedding per stage
+            (Sec. 5.4); None for none.
+        layout: One letter per stage (Table 5): H for hybrid blocks, C for
+            convolutional ones with squeeze-and-excitation, as in ``'C-C-H-H'``.
+            None for hybrid blocks in all stages.
+        overlap: Whether the down-sampling kernels overlap; False for the
+            patches of ViT and PVT (Sec. 5.4).
+        img_size: Height and width in pixels of the images for which
+            ``pos_encoding='absolute'`` is learned; others get it resized.
         out_indices: Stage numbers, from 0, whose maps are returned; negative
             ones count from the end. Stages after the last of them are not built
             and each entry has a LayerNorm of its own, so that every parameter
@@ -145,8 +123,7 @@ class LinGlo(BaseModule):
             :meth:`init_weights`. None for the paper's initialization.
 
     Raises:
-        ValueError: If ``arch``, ``out_indices``, ``frozen_stages`` or
-            ``drop_path_rate`` is out of range.
+        ValueError: If an argument is not among what is allowed.
 
     Example:
         >>> import torch
@@ -179,6 +156,24 @@ class LinGlo(BaseModule):
             num_heads=(1, 2, 5, 8),
             mlp_ratio=(8, 8, 4, 4),
         ),
+        'b3': dict(
+            embed_dims=(64, 128, 320, 512),
+            depths=(3, 4, 18, 3),
+            num_heads=(1, 2, 5, 8),
+            mlp_ratio=(8, 8, 4, 4),
+        ),
+        'b4': dict(
+            embed_dims=(64, 128, 320, 512),
+            depths=(3, 8, 27, 3),
+            num_heads=(1, 2, 5, 8),
+            mlp_ratio=(8, 8, 4, 4),
+        ),
+        'b5': dict(
+            embed_dims=(64, 128, 320, 512),
+            depths=(3, 6, 40, 3),
+            num_heads=(1, 2, 5, 8),
+            mlp_ratio=(4, 4, 4, 4),
+        ),
     }
 
     def __init__(
@@ -186,6 +181,11 @@ class LinGlo(BaseModule):
         arch: Union[str, dict] = 'b0',
         in_channels: int = 3,
         drop_path_rate: float = 0.0,
+        attention: str = 'key_only',
+        pos_encoding: Optional[str] = 'RP-CPE',
+        layout: Optional[str] = None,
+        overlap: bool = True,
+        img_size: int = 224,
         out_indices: Union[int, Sequence[int]] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         qkv_bias: bool = True,
@@ -196,41 +196,46 @@ class LinGlo(BaseModule):
         init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        arch = self._parse_arch(arch)
-        self.arch = arch
-        embed_dims, depths = arch['embed_dims'], arch['depths']
+        self.arch = self._parse_arch(arch)
+        embed_dims, depths, strides = (self.arch[k] for k in ('embed_dims', 'depths', 'strides'))
         num_stages = len(depths)
+        if attention not in ATTENTIONS:
+            raise ValueError(f'attention must be one of {list(ATTENTIONS)}, got {attention!r}')
+        if pos_encoding not in POS_ENCODINGS:
+            raise ValueError(f'pos_encoding must be one of {POS_ENCODINGS}, got {pos_encoding!r}')
+        self.layout = self._parse_layout(layout, num_stages)
+        if 'C' in self.layout and pos_encoding not in CONDITIONAL_ENCODINGS:
+            raise ValueError(
+                f'layout {layout!r} has convolutional blocks, whose convolution is pos_encoding: it '
+                f'must be one of {list(CONDITIONAL_ENCODINGS)}, got {pos_encoding!r}'
+            )
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages must be in [-1, {num_stages}], got {frozen_stages}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        self.attention = attention
+        self.pos_encoding = pos_encoding
+        self.qkv_bias = qkv_bias
+        self.norm_cfg = norm_cfg
         self.out_indices = self._parse_out_indices(out_indices, num_stages)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.deploy = deploy
 
-        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
-        self.patch_embed = PatchEmbed(
-            in_channels, embed_dims[0], kernel_size=7, stride=4, padding=3
-        )
+        num_blocks = sum(depths)
+        drop_paths = (drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks))
+        self.patch_embed = PatchEmbed(in_channels, embed_dims[0], strides[0], overlap)
         self.stages = nn.ModuleList()
+        size = img_size
         for i in range(max(self.out_indices) + 1):
-            downsample = PatchEmbed(
-                embed_dims[i - 1], embed_dims[i], kernel_size=3, stride=2, padding=1
-            )
-            blocks = [
-                LinGloBlock(
-                    embed_dims[i],
-                    arch['num_heads'][i],
-                    arch['mlp_ratio'][i],
-                    qkv_bias=qkv_bias,
-                    drop_path=float(drop_path),
-                    norm_cfg=norm_cfg,
-                    deploy=deploy,
-                )
-                for drop_path in drop_paths[i]
-            ]
-            self.stages.append(LinGloStage(downsample if i else None, blocks, with_cp))
+            downsample = pos_embed = None
+            size = -(-size // strides[i])
+            if i and strides[i] > 1:
+                downsample = PatchEmbed(embed_dims[i - 1], embed_dims[i], strides[i], overlap)
+            if pos_encoding == 'absolute':
+                pos_embed = AbsolutePositionEmbedding(embed_dims[i], size)
+            blocks = [self._build_block(i, next(drop_paths)) for _ in range(depths[i])]
+            self.stages.append(LinGloStage(downsample, pos_embed, blocks, with_cp))
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm(embed_dims[i]))
         for module in self.modules():
@@ -248,7 +253,8 @@ class LinGlo(BaseModule):
 
         Returns:
             One (B, C_i, ceil(H / s_i), ceil(W / s_i)) map per entry of
-            ``out_indices``, in its order, with strides s = 4, 8, 16, 32.
+            ``out_indices``, in its order, with s = 4, 8, 16, 32 in the paper's
+            sizes (the products of ``arch['strides']``).
 
         Raises:
             ValueError: If H or W is below 32.
@@ -321,6 +327,47 @@ class LinGlo(BaseModule):
         for cfg in pretrained:
             load_pretrained_backbone(self, cfg['checkpoint'], cfg.get('prefix'))
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning rates.
+
+        Args:
+            param_name: Name of the parameter in the whole model.
+            prefix: Name of the backbone in it, such as ``'backbone.'``.
+
+        Returns:
+            The parameter's layer and the number of layers. Layer 0 is the stem;
+            each block is a layer, the first one of a stage together with what
+            precedes it; the last layer is all that follows the blocks: output
+            norms and whatever has not the prefix.
+        """
+        num_layers = sum(len(stage.blocks) for stage in self.stages) + 2
+        names = param_name[len(prefix) :].split('.')
+        if param_name.startswith(prefix) and names[0] == 'patch_embed':
+            return 0, num_layers
+        if param_name.startswith(prefix) and names[0] == 'stages':
+            depth = 1 + sum(len(stage.blocks) for stage in self.stages[: int(names[1])])
+            return depth + (int(names[3]) if names[2] == 'blocks' else 0), num_layers
+        return num_layers - 1, num_layers
+
+    def _build_block(self, stage: int, drop_path: float) -> nn.Module:
+        embed_dims, mlp_ratio = self.arch['embed_dims'][stage], self.arch['mlp_ratio'][stage]
+        channels = int(embed_dims * mlp_ratio)
+        encoding = excitation = None
+        if self.pos_encoding in CONDITIONAL_ENCODINGS:
+            encoding = ConditionalPositionalEncoding(
+                channels,
+                **CONDITIONAL_ENCODINGS[self.pos_encoding],
+                norm_cfg=self.norm_cfg,
+                deploy=self.deploy,
+            )
+        if self.layout[stage] == 'C':
+            from torchvision.ops import SqueezeExcitation  # needed here only
+
+            excitation = SqueezeExcitation(channels, round(2 * embed_dims / mlp_ratio))
+            return ConvBlock(FFN(embed_dims, channels, encoding, excitation), embed_dims, drop_path)
+        attn = ATTENTIONS[self.attention](embed_dims, self.arch['num_heads'][stage], self.qkv_bias)
+        return HybridBlock(attn, FFN(embed_dims, channels, encoding), embed_dims, drop_path)
+
     def _freeze_stages(self) -> None:
         frozen = [self.patch_embed] if self.frozen_stages >= 0 else []
         for i in range(min(self.frozen_stages, len(self.stages))):
@@ -338,14 +385,32 @@ class LinGlo(BaseModule):
                 raise ValueError(
                     f'arch must be one of {list(cls.arch_zoo)} or a dict, got {arch!r}'
                 )
-            return cls.arch_zoo[arch]
+            arch = cls.arch_zoo[arch]
         keys = {'embed_dims', 'depths', 'num_heads', 'mlp_ratio'}
-        if set(arch) != keys or len({len(values) for values in arch.values()}) != 1:
+        if set(arch) - {'strides'} != keys or len({len(values) for values in arch.values()}) != 1:
             raise ValueError(
-                f'arch must be a dict of equally long sequences with the keys {sorted(keys)}, '
-                f'got {dict(arch)}'
+                f'arch must be a dict of equally long sequences with the keys {sorted(keys)} and '
+                f'optionally strides, got {dict(arch)}'
             )
-        return {key: tuple(values) for key, values in arch.items()}
+        arch = {key: tuple(values) for key, values in arch.items()}
+        strides = arch.setdefault('strides', (4,) + (2,) * (len(arch['depths']) - 1))
+        for i in range(1, len(strides)):
+            if strides[i] == 1 and arch['embed_dims'][i] != arch['embed_dims'][i - 1]:
+                raise ValueError(
+                    f'a stage of stride 1 keeps the channels, got arch strides {strides} with '
+                    f'embed_dims {arch["embed_dims"]}'
+                )
+        return arch
+
+    @staticmethod
+    def _parse_layout(layout: Optional[str], num_stages: int) -> Tuple[str, ...]:
+        letters = ('H',) * num_stages if layout is None else tuple(str(layout).split('-'))
+        if len(letters) != num_stages or not set(letters) <= {'C', 'H'}:
+            raise ValueError(
+                f"layout must name C or H for each of {num_stages} stages, such as 'C-C-H-H', "
+                f'got {layout!r}'
+            )
+        return letters
 
     @staticmethod
     def _parse_out_indices(
@@ -374,6 +439,8 @@ def _init_layer(module: nn.Module) -> None:
         constant_init(module, 1)
     elif isinstance(module, KeyOnlyAttention):
         nn.init.trunc_normal_(module.saliency, std=0.02)
+    elif isinstance(module, AbsolutePositionEmbedding):
+        nn.init.trunc_normal_(module.pos_embed, std=0.02)
 
 
 @contextmanager

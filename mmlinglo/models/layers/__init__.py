@@ -1,5 +1,17 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from .attention import KeyOnlyAttention
-from .positional_encoding import ConditionalPositionalEncoding
+from .attention import DotProductAttention, KeyOnlyAttention
+from .blocks import FFN, ConvBlock, HybridBlock
+from .patch_embed import LayerNorm, PatchEmbed
+from .positional_encoding import AbsolutePositionEmbedding, ConditionalPositionalEncoding
 
-__all__ = ['ConditionalPositionalEncoding', 'KeyOnlyAttention']
+__all__ = [
+    'FFN',
+    'AbsolutePositionEmbedding',
+    'ConditionalPositionalEncoding',
+    'ConvBlock',
+    'DotProductAttention',
+    'HybridBlock',
+    'KeyOnlyAttention',
+    'LayerNorm',
+    'PatchEmbed',
+]

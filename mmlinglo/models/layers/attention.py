@@ -1,6 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .precision import autocast_off, full_precision
 
 
 class KeyOnlyAttention(nn.Module):
@@ -49,11 +52,7 @@ class KeyOnlyAttention(nn.Module):
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dims % num_heads:
-            raise ValueError(
-                f'num_heads must be a positive divisor of embed_dims, '
-                f'got num_heads={num_heads} for embed_dims={embed_dims}'
-            )
+        _check_heads(embed_dims, num_heads)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
@@ -76,12 +75,14 @@ class KeyOnlyAttention(nn.Module):
             Weights A, (B, num_heads, N), which sum to 1 over the N positions;
             at least float32, since N may exceed the largest float16 number.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             # A key bias adds the same to all scores of a head: softmax ignores it.
             direction = torch.einsum(
-                'hdc,hd->hc', self._heads(self.key.weight), _full(self.saliency) * self.scale
+                'hdc,hd->hc',
+                self._heads(self.key.weight),
+                full_precision(self.saliency) * self.scale,
             )
-            return (_full(x) @ direction.t()).transpose(1, 2).softmax(dim=-1)
+            return (full_precision(x) @ direction.t()).transpose(1, 2).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention.
@@ -105,9 +106,9 @@ class KeyOnlyAttention(nn.Module):
 
     def _forward_literal(self, x: Tensor) -> Tensor:
         key = self.key(x)
-        with torch.autocast(x.device.type, enabled=False):
-            heads = _full(key).unflatten(-1, (self.num_heads, self.head_dims))
-            logits = torch.einsum('bnhd,hd->bhn', heads, _full(self.saliency) * self.scale)
+        with autocast_off(x):
+            heads = full_precision(key).unflatten(-1, (self.num_heads, self.head_dims))
+            logits = torch.einsum('bnhd,hd->bhn', heads, full_precision(self.saliency) * self.scale)
             context = torch.einsum('bhn,bnhd->bhd', logits.softmax(dim=-1), heads)
         context = context.flatten(1).unsqueeze(1).to(key.dtype)
         return self.proj(self.mix(context * self.value(x)) + key)
@@ -115,29 +116,70 @@ class KeyOnlyAttention(nn.Module):
     def _forward_folded(self, x: Tensor) -> Tensor:
         weights = self.saliency_weights(x)
         # Small products, whose rounding would reach every position: at least float32.
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             w_key, w_value, u_1, u_2 = (
-                _full(linear.weight).t() for linear in (self.key, self.value, self.mix, self.proj)
+                full_precision(linear.weight).t()
+                for linear in (self.key, self.value, self.mix, self.proj)
             )
             context = torch.einsum(
-                'bhc,hdc->bhd', weights @ _full(x), self._heads(self.key.weight)
+                'bhc,hdc->bhd', weights @ full_precision(x), self._heads(self.key.weight)
             ).flatten(1)
-            passed = _full(self.mix.bias)  # what reaches U_2 besides the values
+            passed = full_precision(self.mix.bias)  # what reaches U_2 besides the values
             if self.key.bias is not None:
-                context = context + _full(self.key.bias)
-                passed = passed + _full(self.key.bias)
+                context = context + full_precision(self.key.bias)
+                passed = passed + full_precision(self.key.bias)
             u_12 = u_1 @ u_2
             matrix = (context.unsqueeze(1) * w_value) @ u_12 + w_key @ u_2
-            bias = passed @ u_2 + _full(self.proj.bias)
+            bias = passed @ u_2 + full_precision(self.proj.bias)
             if self.value.bias is not None:
-                bias = bias + (context * _full(self.value.bias)) @ u_12
+                bias = bias + (context * full_precision(self.value.bias)) @ u_12
             bias = bias.expand(len(x), -1).unsqueeze(1)
         return torch.baddbmm(bias.to(x.dtype), x, matrix.to(x.dtype))
 
     def _heads(self, weight: Tensor) -> Tensor:
         """Split (C, C_in) into (num_heads, head_dims, C_in), at least float32."""
-        return _full(weight).unflatten(0, (self.num_heads, self.head_dims))
+        return full_precision(weight).unflatten(0, (self.num_heads, self.head_dims))
 
 
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+class DotProductAttention(nn.Module):
+    """Standard multi-head attention by scaled dot products, the paper's comparison (Sec. 5.2, Fig. 4).
+
+    ``softmax(Q K^T / sqrt(D)) V`` by PyTorch's
+    :func:`~torch.nn.functional.scaled_dot_product_attention`: 4 N C^2 + 2 N^2 C
+    multiply-adds. It has as many weights as :class:`KeyOnlyAttention` but for
+    the C of the saliency, and the same signature.
+
+    Args:
+        embed_dims: Channels C of the input and the output.
+        num_heads: Heads; must divide ``embed_dims``.
+        qkv_bias: Whether queries, keys and values have a bias.
+
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``embed_dims``.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        _check_heads(embed_dims, num_heads)
+        self.embed_dims = embed_dims
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f'embed_dims={self.embed_dims}, num_heads={self.num_heads}'
+
+
+def _check_heads(embed_dims: int, num_heads: int) -> None:
+    if num_heads < 1 or embed_dims % num_heads:
+        raise ValueError(
+            f'num_heads must be a positive divisor of embed_dims, '
+            f'got num_heads={num_heads} for embed_dims={embed_dims}'
+        )

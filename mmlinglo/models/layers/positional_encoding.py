@@ -2,6 +2,7 @@
 from typing import Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -144,6 +145,28 @@ class ConditionalPositionalEncoding(nn.Module):
             padding=self.kernel_size // 2,
             groups=self.channels,
         )
+
+
+class AbsolutePositionEmbedding(nn.Module):
+    """Learned position embedding of one stage, as in PVT (paper Sec. 5.4: LinGlo-w/o-C, w/o-CH).
+
+    Args:
+        embed_dims: Channels C.
+        size: Height and width, in positions, of the learned grid. Maps of
+            other sizes get it resized (bilinear, as in PVT).
+    """
+
+    def __init__(self, embed_dims: int, size: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.empty(1, embed_dims, size, size))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the embedding to a map, (B, H, W, C) to (B, H, W, C)."""
+        pos_embed, size = self.pos_embed, x.shape[1:3]
+        if pos_embed.shape[2:] != size:
+            pos_embed = F.interpolate(pos_embed, size, mode='bilinear', align_corners=False)
+        return x + pos_embed.permute(0, 2, 3, 1)
 
 
 def _fuse_conv_norm(branch: ConvModule) -> Tuple[Tensor, Tensor]:

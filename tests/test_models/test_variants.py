@@ -1,0 +1,209 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""The ablations' variants of the backbone pass the contract of the default one."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import TINY_ARCH, randomize_norms_
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.testing import assert_close
+
+from mmlinglo import LinGlo
+from mmlinglo.models import DotProductAttention
+
+ISOTROPIC = dict(
+    embed_dims=(12,) * 4,
+    depths=(1, 2, 1, 1),
+    num_heads=(3,) * 4,
+    mlp_ratio=(2,) * 4,
+    strides=(16, 1, 1, 1),
+)
+VARIANTS = {
+    'default': dict(),
+    'dot-product': dict(attention='dot_product'),
+    'cpe': dict(pos_encoding='CPE'),
+    'r-cpe': dict(pos_encoding='R-CPE'),
+    'p-cpe': dict(pos_encoding='P-CPE'),
+    'no-encoding': dict(pos_encoding=None),
+    'c-c-h-h': dict(layout='C-C-H-H'),
+    'c-h-h-h': dict(layout='C-H-H-H'),
+    'wo-c': dict(overlap=False, pos_encoding='absolute', img_size=64),
+    'wo-ch': dict(arch=ISOTROPIC, overlap=False, pos_encoding='absolute', img_size=64),
+}
+CONVOLVED = [name for name in VARIANTS if name not in ('no-encoding', 'wo-c', 'wo-ch')]
+each_variant = pytest.mark.parametrize('name', VARIANTS)
+
+
+def build(name, **kwargs):
+    model = LinGlo(**{'arch': TINY_ARCH, **VARIANTS[name], **kwargs})
+    model.init_weights()
+    return model
+
+
+@each_variant
+@pytest.mark.parametrize('size', [(32, 32), (64, 64), (97, 65), (33, 130)])
+def test_output_shapes(name, size):
+    model = build(name).eval()
+    strides = (16,) * 4 if name == 'wo-ch' else (4, 8, 16, 32)
+    assert [tuple(out.shape) for out in model(torch.rand(2, 3, *size))] == [
+        (2, channels, *(math.ceil(s / stride) for s in size))
+        for channels, stride in zip(model.arch['embed_dims'], strides)
+    ]
+
+
+@each_variant
+@pytest.mark.parametrize('frozen_stages', [-1, 2])
+def test_every_parameter_gets_a_gradient(name, frozen_stages):
+    model = build(name, frozen_stages=frozen_stages).train()
+    sum((out * torch.randn_like(out)).sum() for out in model(torch.rand(2, 3, 96, 64))).backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, key
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all(), key
+
+
+@each_variant
+def test_checkpointing_changes_nothing(name):
+    plain = randomize_norms_(build(name, drop_path_rate=0.3)).double().train()
+    checkpointed = build(name, drop_path_rate=0.3, with_cp=True).double().train()
+    checkpointed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    gradients = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)
+        sum((out**2).mean() for out in model(x)).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+    assert_close(gradients[1], gradients[0])
+    assert_close(checkpointed.state_dict(), plain.state_dict())
+
+
+@each_variant
+def test_deployed_form_is_equal(name):
+    model = randomize_norms_(build(name)).double().eval()
+    x = torch.randn(2, 3, 75, 64, dtype=torch.float64)
+    expected = model(x)
+    before = sum(p.numel() for p in model.parameters())
+    model.switch_to_deploy()
+    assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    assert not any(isinstance(m, _BatchNorm) for m in model.modules())
+    after = sum(p.numel() for p in model.parameters())
+    assert after < before if name in CONVOLVED else after == before
+    fresh = build(name, deploy=True).double().eval()
+    fresh.load_state_dict(model.state_dict())
+    assert_close(fresh(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@each_variant
+def test_layer_depth(name):
+    """Depths grow with the order of execution, from the stem to what follows the backbone."""
+    model = build(name)
+    depths = [1, 2, 1, 1]
+    expected = {'patch_embed': 0, 'norm': 6}
+    for stage in range(4):
+        first = 1 + sum(depths[:stage])
+        expected[f'stages.{stage}.downsample'] = expected[f'stages.{stage}.pos_embed'] = first
+        for block in range(depths[stage]):
+            expected[f'stages.{stage}.blocks.{block}'] = first + block
+    for key, _ in model.named_parameters():
+        depth = next(depth for start, depth in expected.items() if key.startswith(start))
+        assert model.get_layer_depth(key) == (depth, 7), key
+        assert model.get_layer_depth(f'backbone.{key}', 'backbone.') == (depth, 7)
+    assert model.get_layer_depth('head.fc.weight', 'backbone.') == (6, 7)
+
+
+@pytest.mark.parametrize('arch', ['b0', 'b1', 'b2'])
+@pytest.mark.parametrize('deploy', [False, True])
+def test_convolutional_blocks_have_the_size_of_those_that_they_replace(arch, deploy):
+    """Table 5: "almost the same", block by block."""
+    hybrid, convolutional = (
+        LinGlo(arch, layout=layout, deploy=deploy) for layout in ('H-H-H-H', 'C-C-C-C')
+    )
+    for stages in zip(hybrid.stages, convolutional.stages):
+        sizes = [sum(p.numel() for p in stage.blocks[0].parameters()) for stage in stages]
+        assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+
+
+def test_dot_product_attention():
+    """Against the formula, head by head."""
+    attn = DotProductAttention(12, 3)
+    torch.nn.init.normal_(attn.qkv.weight)
+    attn.double()
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    query, key, value = attn.qkv(x).split(12, dim=-1)
+    heads = []
+    for h in range(3):
+        q, k, v = (t[..., 4 * h : 4 * h + 4] for t in (query, key, value))
+        weights = (q @ k.transpose(1, 2) / math.sqrt(4)).exp()
+        heads.append(weights / weights.sum(-1, keepdim=True) @ v)
+    assert_close(attn(x), attn.proj(torch.cat(heads, dim=-1)), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match='num_heads=5 for embed_dims=64'):
+        DotProductAttention(64, 5)
+
+
+def test_key_only_and_dot_product_attention_have_the_same_size():
+    sizes = [
+        sum(p.numel() for p in LinGlo('b0', attention=a).parameters())
+        for a in ('key_only', 'dot_product')
+    ]
+    saliency = sum(c * n for c, n in zip((32, 64, 160, 256), (2, 3, 3, 2)))
+    assert sizes[0] == sizes[1] + saliency
+
+
+def test_absolute_position_embedding_is_resized_only_for_other_sizes():
+    model = build('wo-c').eval()
+    embedding = model.stages[1].pos_embed
+    assert embedding.pos_embed.shape == (1, 16, 8, 8)
+    zeros = torch.zeros(1, 8, 8, 16)
+    assert torch.equal(embedding(zeros), embedding.pos_embed.permute(0, 2, 3, 1))
+    torch.nn.init.constant_(embedding.pos_embed, 3.0)
+    assert_close(embedding(torch.zeros(1, 5, 11, 16)), torch.full((1, 5, 11, 16), 3.0))
+
+
+def test_patches_do_not_overlap():
+    """A pixel's change reaches one position only; with overlapping kernels it reaches several."""
+    for overlap, changed in ((False, 1), (True, 4)):
+        stem = build('default', overlap=overlap).patch_embed
+        x = torch.randn(1, 3, 32, 32)
+        y = x.clone()
+        y[..., 15, 15] += 1
+        difference = (stem(x) - stem(y)).abs().sum(-1) > 1e-6
+        assert difference.sum() == changed
+
+
+@pytest.mark.parametrize(
+    ('arch', 'depths'), [('b3', (3, 4, 18, 3)), ('b4', (3, 8, 27, 3)), ('b5', (3, 6, 40, 3))]
+)
+def test_larger_sizes_follow_pvtv2(arch, depths):
+    sizes = LinGlo.arch_zoo[arch]
+    assert sizes['depths'] == depths
+    assert sizes['embed_dims'] == (64, 128, 320, 512)
+    with torch.device('meta'):
+        model = LinGlo(arch)
+    outs = model(torch.empty(1, 3, 64, 64, device='meta'))
+    assert [out.shape[1] for out in outs] == [64, 128, 320, 512]
+
+
+def test_the_default_has_the_same_weights_as_before_the_variants():
+    """Checkpoints of earlier versions load: names of the tensors of the first hybrid block."""
+    names = {k for k in copy.deepcopy(build('default')).state_dict() if k.startswith('stages.0.')}
+    layers = (
+        'attn.key',
+        'attn.value',
+        'attn.mix',
+        'attn.proj',
+        'ffn.fc1',
+        'ffn.fc2',
+        'norm1',
+        'norm2',
+    )
+    expected = {f'{layer}.{end}' for layer in layers for end in ('weight', 'bias')}
+    expected.add('attn.saliency')
+    for i in range(4):
+        branch = f'ffn.pos_encoding.branches.{i}'
+        expected |= {f'{branch}.conv.weight', f'{branch}.bn.weight', f'{branch}.bn.bias'}
+        expected |= {
+            f'{branch}.bn.{end}' for end in ('running_mean', 'running_var', 'num_batches_tracked')
+        }
+    assert names == {f'stages.0.blocks.0.{name}' for name in expected}
