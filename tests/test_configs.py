@@ -96,7 +96,8 @@ def test_common_settings(path):
     assert cfg.auto_scale_lr.base_batch_size > 0
     assert cfg.auto_scale_lr.enable is False
     assert cfg.model.backbone.type == 'mmlinglo.LinGlo'
-    assert cfg.model.backbone.arch in cfg.filename
+    arch = cfg.model.backbone.arch
+    assert isinstance(arch, dict) or arch in cfg.filename
 
 
 def test_names_are_unique():
@@ -165,6 +166,57 @@ def test_imagenet_weight_decay_spares_norms_and_biases():
     assert norms
     assert spared == norms | {name for name in names.values() if name.endswith('.bias')}
     assert decayed | spared == set(names.values())
+
+
+ABLATIONS = {
+    'linglo-b0': {},
+    'linglo-b0-cchh': dict(layout='C-C-H-H'),
+    'linglo-b0-chhh': dict(layout='C-H-H-H'),
+    'linglo-b0-cpe': dict(pos_encoding='CPE'),
+    'linglo-b0-r-cpe': dict(pos_encoding='R-CPE'),
+    'linglo-b0-p-cpe': dict(pos_encoding='P-CPE'),
+    'linglo-b0-dot-product': dict(attention='dot_product'),
+    'linglo-b0-wo-c': dict(overlap=False, pos_encoding='absolute'),
+    'linglo-b0-wo-ch': dict(
+        overlap=False,
+        pos_encoding='absolute',
+        arch=dict(
+            embed_dims=(150,) * 4,
+            depths=(2, 3, 3, 2),
+            num_heads=(3,) * 4,
+            mlp_ratio=(8, 8, 4, 4),
+            strides=(16, 1, 1, 1),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_ablations(name):
+    """Each row is the recipe of b0 with 100 epochs and what its name says, nothing else."""
+    recipe = load('imagenet', 'b0')
+    cfg = Config.fromfile(ROOT / f'configs/ablations/{name}_8xb128-100e_in1k.py')
+    assert cfg.model.backbone == {**recipe.model.backbone, **ABLATIONS[name]}
+    assert cfg.model.head.in_channels == (150 if name == 'linglo-b0-wo-ch' else 256)
+    absolute = cfg.model.backbone.get('pos_encoding') == 'absolute'
+    paramwise = {} if not absolute else dict(custom_keys=dict(pos_embed=dict(decay_mult=0.0)))
+    recipe.optim_wrapper.paramwise_cfg.update(paramwise)
+    for key in ('optim_wrapper', 'train_dataloader', 'val_dataloader', 'auto_scale_lr', 'sync_bn'):
+        assert cfg[key] == recipe[key], key
+    assert cfg.train_cfg.max_epochs == 100
+    warmup, cosine = cfg.param_scheduler
+    assert (warmup.type, warmup.begin, warmup.end) == ('LinearLR', 0, 3)
+    assert (cosine.type, cosine.begin, cosine.end, cosine.T_max) == (
+        'CosineAnnealingLR',
+        3,
+        100,
+        97,
+    )
+
+
+def test_each_ablation_has_a_config():
+    files = {p.name for p in (ROOT / 'configs/ablations').glob('*.py')}
+    assert files == {f'{name}_8xb128-100e_in1k.py' for name in ABLATIONS}
 
 
 def learning_rates(cfg: Config, steps: int, epoch_length: int) -> list:
