@@ -1,5 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import copy
+import socket
 
 import numpy as np
 import pytest
@@ -41,6 +42,162 @@ def test_matches_the_paper(num_branches, skip, training, size):
     x = torch.randn(3, 6, *size, dtype=torch.float64)
     expected = reference(encoding, x, use_batch_statistics=training)
     assert_close(encoding(x).detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+def branch_by_branch(encoding, x):
+    """The definition, by torch's own convolutions and batch norms."""
+    out = sum(branch.bn(branch.conv(x)) for branch in encoding.branches)
+    return x + out if encoding.skip else out
+
+
+@VARIANTS
+@pytest.mark.parametrize(
+    'norm_cfg',
+    [
+        dict(type='BN'),
+        dict(type='BN', affine=False),
+        dict(type='BN', momentum=None),
+        dict(type='BN', momentum=0.3, eps=0.1),
+        dict(type='BN', track_running_stats=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('mode', ['train', 'norm_eval', 'eval'])
+def test_one_convolution_does_what_the_branches_do(num_branches, skip, norm_cfg, mode):
+    """Outputs, gradients and, over several steps, running statistics."""
+    ours = ConditionalPositionalEncoding(6, num_branches, skip, norm_cfg)
+    for norm in (branch.bn for branch in ours.branches):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            if tensor is not None:
+                torch.nn.init.normal_(tensor)
+    ours.double().train(mode != 'eval')
+    if mode == 'norm_eval':
+        for branch in ours.branches:
+            branch.bn.eval()
+    theirs = copy.deepcopy(ours)
+    for step in range(3):
+        x = torch.randn(3, 6, 5, 4 + step, dtype=torch.float64) + step
+        head = torch.randn(3, 6, 5, 4 + step, dtype=torch.float64)
+        results = []
+        for encoding, forward in ((ours, ours), (theirs, lambda x: branch_by_branch(theirs, x))):
+            leaf = x.clone().requires_grad_()
+            out = forward(leaf)
+            inputs = {'x': leaf, **dict(encoding.named_parameters())}
+            gradients = torch.autograd.grad((out * head).sum(), list(inputs.values()))
+            results.append((out, dict(zip(inputs, gradients))))
+        assert_close(*results, rtol=1e-9, atol=1e-9)
+        assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_do_not_share_memory():
+    """Otherwise an operation in place, such as clipping, would reach one of them several times."""
+    encoding = random_encoding().train()
+    encoding(torch.randn(2, 6, 5, 4, dtype=torch.float64)).square().sum().backward()
+    bytes_of = [
+        range(p.grad.data_ptr(), p.grad.data_ptr() + 8 * p.numel(), 8)
+        for p in encoding.parameters()
+    ]
+    assert len(set().union(*bytes_of)) == sum(map(len, bytes_of))
+
+
+def test_gradcheck():
+    encoding = random_encoding(channels=2).train()
+    parameters = list(encoding.parameters())
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: encoding(x), (x, *parameters))
+
+
+def test_float32_is_as_precise_as_the_branches():
+    encoding = random_encoding(channels=16).train()
+    x = torch.randn(4, 16, 24, 24, dtype=torch.float64) + 20
+    truth = branch_by_branch(copy.deepcopy(encoding), x)
+    encoding.float()
+    errors = [
+        (out.double() - truth).square().mean().sqrt().item()
+        for out in (encoding(x.float()), branch_by_branch(encoding, x.float()))
+    ]
+    assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_autocast_is_about_as_precise_as_the_branches(dtype):
+    encoding = random_encoding(channels=16).train()
+    x = torch.randn(4, 16, 24, 24, dtype=torch.float64).to(dtype)
+    truth = branch_by_branch(copy.deepcopy(encoding), x.double())
+    encoding.float()
+    with torch.autocast('cpu', dtype=dtype):
+        outs = encoding(x), branch_by_branch(encoding, x)
+    assert outs[0].dtype == dtype
+    errors = [(out.double() - truth).square().mean().sqrt().item() for out in outs]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_only_the_input_is_kept_for_the_backward_pass():
+    encoding = ConditionalPositionalEncoding(32).train()
+    x = torch.randn(2, 32, 40, 40).to(memory_format=torch.channels_last).requires_grad_()
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        encoding(x)
+    assert kept.pop(x.untyped_storage().data_ptr()) == 4 * x.numel()
+    assert sum(kept.values()) < 0.5 * 4 * x.numel()  # kernels and statistics, no maps
+
+
+def test_a_single_value_per_channel_is_refused():
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        ConditionalPositionalEncoding(4).train()(torch.randn(1, 4, 1, 1))
+
+
+def synchronized_worker(rank, port, sizes, out):
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'tcp://127.0.0.1:{port}', world_size=2, rank=rank
+    )
+    torch.manual_seed(0)
+    encoding = random_encoding().train()
+    encoding = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoding)
+    images = [torch.randn(2, 6, *size, dtype=torch.float64) + i for i, size in enumerate(sizes)]
+    heads = [torch.randn_like(image) for image in images]
+    x = images[rank].requires_grad_()
+    y = encoding(x)
+    (y * heads[rank]).sum().backward()
+    gradients = {name: p.grad for name, p in encoding.named_parameters()}
+    for gradient in gradients.values():
+        torch.distributed.all_reduce(gradient)  # as DistributedDataParallel does, up to the mean
+    torch.save((y.detach(), x.grad, gradients, encoding.state_dict()), f'{out}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_synchronized_statistics_are_those_of_all_processes(tmp_path):
+    """Two real processes with maps of different sizes, against batch norm over all values at once."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    sizes = [(5, 4), (3, 6)]
+    torch.multiprocessing.spawn(synchronized_worker, (port, sizes, str(tmp_path)), nprocs=2)
+    results = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+
+    torch.manual_seed(0)
+    encoding = random_encoding().train()
+    images = [torch.randn(2, 6, *size, dtype=torch.float64) + i for i, size in enumerate(sizes)]
+    heads = [torch.randn_like(image) for image in images]
+    images = [image.requires_grad_() for image in images]
+    outs = list(images)
+    for branch in encoding.branches:
+        maps = [branch.conv(image).flatten(2) for image in images]  # (2, 6, positions)
+        normed = branch.bn(torch.cat(maps, dim=2).unsqueeze(-1)).squeeze(-1)
+        parts = normed.split([m.shape[2] for m in maps], dim=2)
+        outs = [out + part.view_as(out) for out, part in zip(outs, parts)]
+    sum((out * head).sum() for out, head in zip(outs, heads)).backward()
+    gradients = {name: p.grad for name, p in encoding.named_parameters()}
+    for rank, (y, x_grad, got, state) in enumerate(results):
+        assert_close(y, outs[rank].detach(), rtol=1e-9, atol=1e-9)
+        assert_close(x_grad, images[rank].grad, rtol=1e-9, atol=1e-9)
+        assert_close(got, gradients, rtol=1e-9, atol=1e-9)
+        assert_close(state, encoding.state_dict(), rtol=1e-9, atol=1e-9)
 
 
 @VARIANTS

@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -7,20 +7,38 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .patch_moments import patch_moments
+from .precision import autocast_off
+from .synchronize import synchronize_statistics
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_IDENTITY = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+
 
 class ConditionalPositionalEncoding(nn.Module):
     r"""Conditional positional encoding by depth-wise convolution (paper Sec. 3.2, Fig. 2).
 
     ``x`` (if ``skip``) plus ``num_branches`` parallel branches, each a 3x3
-    depth-wise convolution followed by ``norm_cfg``. In evaluation this is a
-    single linear map, so that :meth:`switch_to_deploy` replaces all of it by one
-    3x3 depth-wise convolution with bias (RepVGG, Diverse Branch Block). The four
-    rows of the paper's Table 6 are::
+    depth-wise convolution followed by ``norm_cfg``. The four rows of the paper's
+    Table 6 are::
 
         CPE     num_branches=1, skip=False
         R-CPE   num_branches=1, skip=True
         P-CPE   num_branches=4, skip=False
         RP-CPE  num_branches=4, skip=True     (the default)
+
+    With batch norms it is computed as one convolution, also in training. Branch
+    i with kernel w_i is normalized by the mean m and covariance S of the 3x3
+    patches of x alone (:func:`patch_moments`), whatever its own output is::
+
+        mean_i = w_i . m,  var_i = w_i^T S w_i,  a_i = weight_i / sqrt(var_i + eps)
+        out = x * (identity + sum_i a_i w_i) + sum_i (bias_i - a_i mean_i)
+
+    so that no branch's output is computed or kept for the backward pass. With
+    running statistics nothing is left to compute but the kernel, and
+    :meth:`switch_to_deploy` fixes that for good (RepVGG, Diverse Branch Block).
+    Outputs, gradients and running statistics agree with those of the branches to
+    rounding; synchronized batch norms exchange the branches' statistics.
 
     Args:
         channels: Channels C of the input and the output.
@@ -85,10 +103,70 @@ class ConditionalPositionalEncoding(nn.Module):
         """
         if self.deploy:
             return self.reparam(x)
+        if not self._is_linear(x):
+            return self._forward_branches(x)
+        kernel, bias = self._kernel_and_bias(x)
+        return F.conv2d(x, kernel, bias, padding=self.kernel_size // 2, groups=self.channels)
+
+    def _forward_branches(self, x: Tensor) -> Tensor:
         out = self.branches[0](x)
         for branch in self.branches[1:]:
             out = out + branch(x)
         return x + out if self.skip else out
+
+    def _is_linear(self, x: Tensor) -> bool:
+        """Whether the branches are convolutions and batch norms which all take the same statistics."""
+        norms = [branch.norm for branch in self.branches if branch.with_norm]
+        if len(norms) < len(self.branches) or type(norms[0]) not in BATCH_NORMS:
+            return False
+        if any(branch.conv.bias is not None for branch in self.branches):
+            return False
+        # Of a single value, batch norm refuses the statistics with an error of its own.
+        values = x.numel() // self.channels
+        return len({_uses_batch(norm) for norm in norms}) == 1 and (
+            values > 1 or not _uses_batch(norms[0])
+        )
+
+    def _kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Kernel (C, 1, 3, 3) and bias (C,) that do the work of all branches on ``x``."""
+        norms = [branch.norm for branch in self.branches]
+        with autocast_off(x):
+            # shaped (branches, C, 9); the statistics, scales and biases (branches, C)
+            kernels = torch.stack([branch.conv.weight.flatten(1) for branch in self.branches])
+            if _uses_batch(norms[0]):
+                mean, var = self._batch_statistics(x, kernels)
+            else:
+                mean = torch.stack([norm.running_mean for norm in norms])
+                var = torch.stack([norm.running_var for norm in norms])
+            eps = var.new_tensor([norm.eps for norm in norms]).unsqueeze(1)
+            scale = (var + eps).rsqrt()
+            if norms[0].affine:
+                scale = scale * torch.stack([norm.weight for norm in norms])
+            kernel = (scale.unsqueeze(-1) * kernels).sum(0)
+            bias = -(scale * mean).sum(0)
+            if norms[0].affine:
+                # Not by stack and sum: the four gradients would be one piece of memory.
+                for norm in norms:
+                    bias = bias + norm.bias
+            if self.skip:
+                kernel = kernel + _IDENTITY.to(kernel)
+            kernel = kernel.view(-1, 1, self.kernel_size, self.kernel_size)
+            return kernel.to(x.dtype), bias.to(x.dtype)
+
+    def _batch_statistics(self, x: Tensor, kernels: Tensor) -> Tuple[Tensor, Tensor]:
+        """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
+        norms = [branch.norm for branch in self.branches]
+        patch_mean, patch_covariance = patch_moments(x)
+        kernels = kernels.to(patch_mean)
+        mean = (kernels * patch_mean).sum(-1)
+        var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
+        count = x.numel() // self.channels
+        if isinstance(norms[0], nn.SyncBatchNorm):
+            mean, var, count = synchronize_statistics(mean, var, count, norms[0].process_group)
+        var = var.clamp(min=0)
+        for norm, batch_mean, batch_var in zip(norms, mean.detach(), var.detach()):
+            _update_running_statistics(norm, batch_mean, batch_var, count)
+        return mean, var
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
@@ -145,6 +223,25 @@ class ConditionalPositionalEncoding(nn.Module):
             padding=self.kernel_size // 2,
             groups=self.channels,
         )
+
+
+def _uses_batch(norm: _BatchNorm) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _update_running_statistics(
+    norm: _BatchNorm, mean: Tensor, var: Tensor, count: Union[int, Tensor]
+) -> None:
+    """As batch norm does, with the unbiased variance and its kinds of averages."""
+    if not norm.training or not norm.track_running_stats:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # cumulative average
+        momentum = 1 / norm.num_batches_tracked.to(norm.running_mean)
+    unbiased = var * (count / (count - 1))
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.add_((batch.to(running) - running) * momentum)
 
 
 class AbsolutePositionEmbedding(nn.Module):

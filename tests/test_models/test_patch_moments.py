@@ -1,0 +1,120 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch.testing import assert_close
+
+from mmlinglo.models.layers import autocorrelation as module
+from mmlinglo.models.layers.patch_moments import patch_moments
+
+SIZES = [(1, 1), (1, 2), (2, 1), (1, 5), (4, 1), (2, 2), (2, 3), (3, 3), (4, 5), (7, 7), (6, 8)]
+
+
+def reference(x):
+    """All patches written out, then their mean and covariance."""
+    batch_size, channels, height, width = x.shape
+    patches = F.unfold(x.reshape(-1, 1, height, width), 3, padding=1)
+    patches = patches.view(batch_size, channels, 9, -1).permute(1, 2, 0, 3).flatten(2)
+    mean = patches.mean(-1)
+    centred = patches - mean.unsqueeze(-1)
+    return mean, centred @ centred.transpose(1, 2) / patches.shape[-1]
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_values_and_gradients(size, memory_format):
+    x = torch.randn(3, 4, *size, dtype=torch.float64) + 2
+    x = x.to(memory_format=memory_format).requires_grad_()
+    heads = torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 9, 9, dtype=torch.float64)
+    results = []
+    for function in (patch_moments, reference):
+        moments = function(x)
+        loss = sum((m * head).sum() for m, head in zip(moments, heads))
+        results.append((moments, torch.autograd.grad(loss, x)))
+    assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck():
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(patch_moments, x)
+
+
+@pytest.mark.parametrize('mean', [0.0, 10.0, 1e3, 1e5])
+def test_large_means_do_not_cancel(mean):
+    """Where E[x^2] - E[x]^2 in float32 would have lost all digits at 1e5."""
+    x = (torch.randn(2, 3, 16, 17) + mean).float()
+    _, covariance = patch_moments(x)
+    _, expected = reference(x.double())
+    # a patch in the interior has no zeros from outside: differences of neighbours are free of the mean
+    difference = torch.zeros(9, dtype=torch.float64)
+    difference[3], difference[4], difference[5] = 0.5, -1, 0.5
+    weights = torch.stack([difference, torch.full((9,), 1 / 9, dtype=torch.float64)])
+    for weight in weights:
+        got = torch.einsum('k,ckj,j->c', weight, covariance.double(), weight)
+        want = torch.einsum('k,ckj,j->c', weight, expected, weight)
+        assert_close(got, want, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    x = (torch.randn(4, 3, 40, 40) + 3).to(dtype)
+    mean, covariance = patch_moments(x)
+    assert mean.dtype == covariance.dtype == torch.float32
+    assert_close((mean.double(), covariance.double()), reference(x.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_gradients_stay_in_half_precision():
+    x = torch.randn(2, 3, 8, 8).half().requires_grad_()
+    mean, covariance = patch_moments(x)
+    (mean.sum() + covariance.sum()).backward()
+    assert x.grad.dtype == torch.float16
+    exact = x.detach().double().requires_grad_()
+    sum(moment.sum() for moment in reference(exact)).backward()
+    assert_close(x.grad.double(), exact.grad, rtol=2e-3, atol=1e-5)
+
+
+def test_triton_kernel():
+    """By Triton's interpreter, in a process of its own since it must be chosen before the import."""
+    pytest.importorskip('triton')
+    code = """
+import itertools, torch
+from mmlinglo.models.layers.autocorrelation_triton import autocorrelation_triton
+torch.manual_seed(0)
+for shape in [(2, 3, 5, 4), (1, 1, 1, 2), (2, 18, 35, 33)]:
+    x = torch.randn(shape) + 1
+    centre = torch.randn(shape[-1])
+    got = autocorrelation_triton(x, centre)
+    _, height, width, channels = shape
+    y = torch.zeros(shape[0], height + 4, width + 4, channels, dtype=torch.float64)
+    y[:, 2:-2, 2:-2] = x.double() - centre.double()
+    for down, right in itertools.product(range(5), repeat=2):
+        there = y[:, down : down + height, right : right + width]
+        want = (y[:, 2:-2, 2:-2] * there).sum((0, 1, 2))
+        torch.testing.assert_close(got[:, down, right].double(), want, rtol=1e-4, atol=1e-3)
+print('equal')
+"""
+    env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ['equal'], done.stderr[-2000:]
+
+
+def test_without_a_working_triton_the_convolutions_are_used(monkeypatch, caplog):
+    """The probe finds, and says, that nothing can be compiled (here: no GPU)."""
+    from mmengine.logging import MMLogger
+
+    if torch.cuda.is_available():
+        monkeypatch.setitem(sys.modules, 'mmlinglo.models.layers.autocorrelation_triton', None)
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        assert not module._triton_works.__wrapped__(torch.device('cpu'))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "PyTorch's convolutions are used instead" in caplog.text
