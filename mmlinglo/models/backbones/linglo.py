@@ -283,10 +283,11 @@ class LinGlo(BaseModule):
         return self
 
     def switch_to_deploy(self) -> None:
-        """Fuse each positional encoding into one convolution; outputs agree to rounding.
+        """Prepare for evaluation all that can be; outputs agree to rounding.
 
-        The state dict then loads into ``LinGlo(..., deploy=True)``. A second
-        call does nothing.
+        Each positional encoding becomes one convolution, and the attentions
+        compute their products of weights. The state dict then loads into
+        ``LinGlo(..., deploy=True)``. A second call does nothing.
 
         Raises:
             RuntimeError: In training mode.
@@ -297,7 +298,7 @@ class LinGlo(BaseModule):
         if self.training:
             raise RuntimeError('switch_to_deploy() needs evaluation mode: call model.eval() first')
         for module in self.modules():
-            if isinstance(module, ConditionalPositionalEncoding):
+            if isinstance(module, (ConditionalPositionalEncoding, KeyOnlyAttention)):
                 module.switch_to_deploy()
         self.deploy = True
 
@@ -366,6 +367,8 @@ class LinGlo(BaseModule):
             excitation = SqueezeExcitation(channels, round(2 * embed_dims / mlp_ratio))
             return ConvBlock(FFN(embed_dims, channels, encoding, excitation), embed_dims, drop_path)
         attn = ATTENTIONS[self.attention](embed_dims, self.arch['num_heads'][stage], self.qkv_bias)
+        if self.deploy and isinstance(attn, KeyOnlyAttention):
+            attn.switch_to_deploy()
         return HybridBlock(attn, FFN(embed_dims, channels, encoding), embed_dims, drop_path)
 
     def _freeze_stages(self) -> None:

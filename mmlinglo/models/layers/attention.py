@@ -1,9 +1,14 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+from typing import Tuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .precision import autocast_off, full_precision
+
+# Of the deployed form: directions of the scores (num_heads, C), U_1 U_2 and W_K U_2 (C, C), the constant (C,).
+PRODUCTS = ('score_directions', 'value_product', 'key_product', 'shift')
 
 
 class KeyOnlyAttention(nn.Module):
@@ -20,19 +25,24 @@ class KeyOnlyAttention(nn.Module):
 
     with ``W_K`` = :attr:`key`, ``W_V`` = :attr:`value`, ``U_1`` = :attr:`mix`,
     ``U_2`` = :attr:`proj`, and D = ``embed_dims / num_heads`` channels a head.
-    This literal order costs 4 N C^2 + 3 N C multiply-adds for N positions and C
-    channels.
+    This literal order costs 4 N C^2 multiply-adds an image, besides O(N C), for N
+    positions and C channels.
 
-    Nothing between X and Y is non-linear but the softmax that makes G, so for
-    each image, with all biases in b(G)::
+    Nothing between X and Y is non-linear but the softmax that makes G. The scores
+    are X (W_K,head saliency_head) up to a constant, G_head = (sum_i A_i X_i)
+    W_K,head + b_K,head, and with the products of weights U_1 U_2, W_K U_2 and
+    b = (b_K + b_mix) U_2 + b_proj::
 
-        Y = X M(G) + b(G),  M(G) = W_V diag(G) U_1 U_2 + W_K U_2
+        folded  Y = X (W_V diag(G) U_1 U_2 + W_K U_2) + b(G)    N C^2 + C^3
+        spared  Y = (G * V) U_1 U_2 + X W_K U_2 + b             3 N C^2
 
-    and G needs no keys: the scores are X (W_K,head saliency_head) up to a
-    constant, and G_head = (sum_i A_i X_i) W_K,head + b_K,head. This folded order
-    costs N C^2 + C^3 an image and 2 C^3 a batch, and is taken where that is below
-    5/8 of the literal cost (:meth:`_folding_pays`): many positions, few channels.
-    Both orders use the same parameters and agree to rounding, gradients included.
+    Folded pays with many positions and few channels. In training, where the
+    products are made anew in each call, it is taken where N C^2 + C^3 an image and
+    2 C^3 a batch are below 5/8 of the literal cost (small products are slower a
+    multiply-add), else the literal order. Once :meth:`switch_to_deploy` has made
+    the products, it is taken where N > C, else the spared order. All orders use
+    the same parameters and agree to rounding, gradients included. With sizes that
+    are not known when a graph is captured, it is the folded one.
 
     Args:
         embed_dims: Channels C of the input and the output.
@@ -57,6 +67,7 @@ class KeyOnlyAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dims = embed_dims // num_heads
         self.scale = self.head_dims**-0.5
+        self.deploy = False
 
         self.key = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.value = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
@@ -76,13 +87,8 @@ class KeyOnlyAttention(nn.Module):
             at least float32, since N may exceed the largest float16 number.
         """
         with autocast_off(x):
-            # A key bias adds the same to all scores of a head: softmax ignores it.
-            direction = torch.einsum(
-                'hdc,hd->hc',
-                self._heads(self.key.weight),
-                full_precision(self.saliency) * self.scale,
-            )
-            return (full_precision(x) @ direction.t()).transpose(1, 2).softmax(dim=-1)
+            scores = full_precision(x) @ full_precision(self._products()[0]).t()
+            return scores.transpose(1, 2).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention.
@@ -93,52 +99,108 @@ class KeyOnlyAttention(nn.Module):
         Returns:
             Tokens Y, (B, N, C).
         """
-        return self._forward_folded(x) if self._folding_pays(x) else self._forward_literal(x)
+        if self._folding_pays(x):
+            return self._forward_folded(x)
+        return self._forward_spared(x) if self._is_precomputed else self._forward_literal(x)
+
+    def switch_to_deploy(self) -> None:
+        """Compute the products of weights once, for evaluation; outputs agree to rounding.
+
+        Parameters and state dict stay as they are. The products are made again
+        when a state dict is loaded or evaluation mode is set, and are not used in
+        training mode. A second call does nothing.
+        """
+        if self.deploy:
+            return
+        self.deploy = True
+        for name in PRODUCTS:
+            self.register_buffer(name, None, persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module._precompute())
+        self._precompute()
+
+    def train(self, mode: bool = True) -> 'KeyOnlyAttention':
+        """Set the mode; the products of the deployed form follow the weights."""
+        super().train(mode)
+        if self.deploy and not mode:
+            self._precompute()
+        return self
 
     def extra_repr(self) -> str:
-        return f'embed_dims={self.embed_dims}, num_heads={self.num_heads}'
+        return f'embed_dims={self.embed_dims}, num_heads={self.num_heads}, deploy={self.deploy}'
 
-    @staticmethod
-    def _folding_pays(x: Tensor) -> bool:
-        """Whether B N C^2 + (B + 2) C^3 < 5/8 of 4 B N C^2; small products are slower a multiply-add."""
+    @property
+    def _is_precomputed(self) -> bool:
+        return self.deploy and not self.training
+
+    def _folding_pays(self, x: Tensor) -> bool:
         batch_size, num_tokens, channels = x.shape
+        if not isinstance(num_tokens, int) or not isinstance(batch_size, int):
+            return True  # a symbol: any rule would narrow the sizes that the graph accepts
+        if self._is_precomputed:
+            return num_tokens > channels
         return 3 * batch_size * num_tokens > 2 * (batch_size + 2) * channels
 
     def _forward_literal(self, x: Tensor) -> Tensor:
         key = self.key(x)
         with autocast_off(x):
             heads = full_precision(key).unflatten(-1, (self.num_heads, self.head_dims))
-            logits = torch.einsum('bnhd,hd->bhn', heads, full_precision(self.saliency) * self.scale)
+            saliency = full_precision(self.saliency) * self.scale
+            logits = torch.einsum('bnhd,hd->bhn', heads, saliency)
             context = torch.einsum('bhn,bnhd->bhd', logits.softmax(dim=-1), heads)
         context = context.flatten(1).unsqueeze(1).to(key.dtype)
         return self.proj(self.mix(context * self.value(x)) + key)
 
     def _forward_folded(self, x: Tensor) -> Tensor:
-        weights = self.saliency_weights(x)
+        context = self._context(x)
         # Small products, whose rounding would reach every position: at least float32.
         with autocast_off(x):
-            w_key, w_value, u_1, u_2 = (
-                full_precision(linear.weight).t()
-                for linear in (self.key, self.value, self.mix, self.proj)
-            )
-            context = torch.einsum(
-                'bhc,hdc->bhd', weights @ full_precision(x), self._heads(self.key.weight)
-            ).flatten(1)
-            passed = full_precision(self.mix.bias)  # what reaches U_2 besides the values
-            if self.key.bias is not None:
-                context = context + full_precision(self.key.bias)
-                passed = passed + full_precision(self.key.bias)
-            u_12 = u_1 @ u_2
-            matrix = (context.unsqueeze(1) * w_value) @ u_12 + w_key @ u_2
-            bias = passed @ u_2 + full_precision(self.proj.bias)
-            if self.value.bias is not None:
-                bias = bias + (context * full_precision(self.value.bias)) @ u_12
-            bias = bias.expand(len(x), -1).unsqueeze(1)
-        return torch.baddbmm(bias.to(x.dtype), x, matrix.to(x.dtype))
+            _, u_12, w_key_u_2, shift = (full_precision(p) for p in self._products())
+            w_value = full_precision(self.value.weight).t()
+            matrix = (context.unsqueeze(1) * w_value) @ u_12 + w_key_u_2
+            if self.value.bias is None:
+                bias = shift.expand(len(x), -1)
+            else:
+                bias = shift + (context * full_precision(self.value.bias)) @ u_12
+        return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, matrix.to(x.dtype))
 
-    def _heads(self, weight: Tensor) -> Tensor:
-        """Split (C, C_in) into (num_heads, head_dims, C_in), at least float32."""
-        return full_precision(weight).unflatten(0, (self.num_heads, self.head_dims))
+    def _forward_spared(self, x: Tensor) -> Tensor:
+        _, u_12, w_key_u_2, shift = self._products()
+        modulated = self._context(x).unsqueeze(1).to(x.dtype) * self.value(x)
+        return F.linear(x, w_key_u_2.t(), shift) + modulated @ u_12
+
+    def _context(self, x: Tensor) -> Tensor:
+        """Global context G without keys, (B, C), at least float32."""
+        with autocast_off(x):
+            pooled = self.saliency_weights(x) @ full_precision(x)
+            context = torch.einsum('bhc,hdc->bhd', pooled, self._key_heads()).flatten(1)
+            return context if self.key.bias is None else context + full_precision(self.key.bias)
+
+    def _key_heads(self) -> Tensor:
+        """W_K as (num_heads, head_dims, C), at least float32."""
+        return full_precision(self.key.weight).unflatten(0, (self.num_heads, self.head_dims))
+
+    def _products(self) -> Tuple[Tensor, ...]:
+        """Products of weights alone, see ``PRODUCTS``."""
+        if self._is_precomputed:
+            return tuple(getattr(self, name) for name in PRODUCTS)
+        # A key bias adds the same to all scores of a head: softmax ignores it.
+        saliency = full_precision(self.saliency) * self.scale
+        direction = torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
+        w_key, u_1, u_2 = (
+            full_precision(linear.weight).t() for linear in (self.key, self.mix, self.proj)
+        )
+        passed = full_precision(self.mix.bias)  # what reaches U_2 besides the values
+        if self.key.bias is not None:
+            passed = passed + full_precision(self.key.bias)
+        return direction, u_1 @ u_2, w_key @ u_2, passed @ u_2 + full_precision(self.proj.bias)
+
+    @torch.no_grad()
+    def _precompute(self) -> None:
+        deploy, self.deploy = self.deploy, False
+        products = self._products()
+        self.deploy = deploy
+        for name, product in zip(PRODUCTS, products):
+            setattr(self, name, product.to(self.key.weight.dtype).contiguous())
 
 
 class DotProductAttention(nn.Module):

@@ -1,0 +1,1 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.

@@ -1,0 +1,102 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import os
+import signal
+
+import pytest
+import torch
+
+from mmlinglo.analysis.memory import (
+    OutOfMemoryError,
+    ProcessDiedError,
+    call_in_fresh_process,
+    is_out_of_memory,
+    memory_limit,
+    peak_memory_mib,
+)
+
+MIB = 2**20
+
+
+def build(kept, dropped, step, device='cpu'):
+    """Sizes in MiB of what is kept and dropped while building, and made in the step."""
+    torch.ones(dropped * MIB, dtype=torch.uint8, device=device)
+    weights = torch.ones(kept * MIB, dtype=torch.uint8, device=device)
+
+    def run():
+        # Three times, each freed: the peak holds one.
+        for _ in range(3):
+            torch.ones(step * MIB, dtype=torch.uint8, device=device).add_(weights[0])
+
+    return run
+
+
+def measured_peaks(device):
+    torch.set_num_threads(1)
+    peaks = {
+        sizes: peak_memory_mib(lambda sizes=sizes: build(*sizes, device), device)
+        for sizes in [(1, 1, 1), (8, 100, 40), (40, 0, 8), (8, 0, 200)]
+    }
+    with pytest.raises(OutOfMemoryError, match='allocate'):
+        peak_memory_mib(lambda: build(8, 0, 2000, device), device, limit_gib=1)
+    within = peak_memory_mib(lambda: build(8, 0, 80, device), device, limit_gib=0.1)
+    torch.ones(2000 * MIB, dtype=torch.uint8, device=device)  # the limit is lifted
+    return peaks, within
+
+
+def die(status):
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def allocate(size):
+    return len(torch.empty(size, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    'device',
+    [
+        'cpu',
+        pytest.param(
+            'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+        ),
+    ],
+)
+def test_peak_is_what_lives_at_once(device):
+    peaks, within = call_in_fresh_process(measured_peaks, device)
+    for (kept, _, step), peak in peaks.items():
+        assert peak == pytest.approx(kept + step, abs=1.5)
+    assert within == pytest.approx(88, abs=1.5)
+
+
+def test_errors_come_back():
+    with pytest.raises(RuntimeError, match=r'Traceback[\s\S]*negative dimension'):
+        call_in_fresh_process(allocate, -1)
+    with pytest.raises(OutOfMemoryError, match='allocate'):
+        call_in_fresh_process(allocate, 2**60)
+
+
+def test_process_that_dies():
+    with pytest.raises(OutOfMemoryError, match='killed'):
+        call_in_fresh_process(die, -signal.SIGKILL)
+    with pytest.raises(ProcessDiedError, match='status 3') as caught:
+        call_in_fresh_process(die, 3)
+    assert caught.value.exitcode == 3
+
+
+def test_is_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not is_out_of_memory(caught.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError('CUDA out of memory'))
+    assert not is_out_of_memory(ValueError('DefaultCPUAllocator'))
+
+
+@pytest.mark.parametrize('limit', [0, -1, float('nan')])
+def test_memory_limit_must_be_positive(limit):
+    with pytest.raises(ValueError, match='above 0'), memory_limit(limit, 'cpu'):
+        pass

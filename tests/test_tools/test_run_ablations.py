@@ -1,0 +1,147 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""A campaign that is interrupted, goes on, meets a training that fails, and skips what is finished."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, run_tool
+
+TOOL = 'tools/analysis_tools/run_ablations.py'
+EPOCHS = 4
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Twenty training and ten test images, as folders."""
+    root = tmp_path_factory.mktemp('cifar10')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 2), ('test', 1)):
+        for label in range(10):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                cv2.imwrite(str(folder / f'{i}.png'), image)
+    return root
+
+
+def arguments(data, work_dir, out, epochs=EPOCHS):
+    return [
+        *('--rows', 'linglo-b0-cpe', 'resnet18', '--seeds', 0, '--epochs', epochs),
+        *('--data-root', data, '--data-format', 'folder', '--work-dir', work_dir, '--out', out),
+        *('--cfg-options', 'train_dataloader.batch_size=4', 'train_dataloader.num_workers=1'),
+        *('val_dataloader.num_workers=1', 'train_dataloader.dataset.pipeline.3.scale=32'),
+        'val_dataloader.dataset.pipeline.1.scale=32',
+    ]
+
+
+def validated(work_dir):
+    """Epochs that were validated, for each part of a training."""
+    parts = []
+    for log in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        parts.append([line['step'] for line in lines if 'accuracy/top1' in line])
+    return parts
+
+
+def interrupt_after_first_epoch(command, work_dir):
+    """Start a campaign and end it when the training in ``work_dir`` has validated an epoch."""
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
+    campaign = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+    )
+    deadline = time.time() + 300
+    while not any(validated(work_dir)):
+        assert campaign.poll() is None, campaign.stderr.read().decode()
+        assert time.time() < deadline
+        time.sleep(0.02)
+    campaign.send_signal(signal.SIGTERM)
+    assert campaign.wait(30) == 1
+    assert campaign.stderr.read().decode().endswith('error: terminated\n')
+
+
+def state(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+
+
+@pytest.mark.slow
+def test_campaign(data, tmp_path):
+    work_dir, out = tmp_path / 'work', tmp_path / 'results/campaign'
+    first, second = work_dir / 'linglo-b0-cpe/seed0', work_dir / 'resnet18/seed0'
+    command = [TOOL, *arguments(data, work_dir, out)]
+
+    interrupt_after_first_epoch(command, first)
+    (before,) = validated(first)
+    assert before[0] == 1
+    assert before[-1] < EPOCHS
+    assert not second.exists()
+    time.sleep(1)
+    assert validated(first) == [before]  # the training ended with the campaign
+
+    # The first goes on after its last validated epoch; the second cannot write its checkpoint.
+    (second / 'epoch_1.pth').mkdir(parents=True)
+    result = run_tool(*command, check=False)
+    assert result.returncode == 1
+    assert result.stderr.endswith(f'error: 1 trainings failed: {second}\n')
+    assert f'[2/2] {second}: failed, see {second}/train.log' in result.stdout
+    assert validated(first) == [before, list(range(before[-1] + 1, EPOCHS + 1))]
+    assert [path.name for path in first.glob('*.pth')] == [f'epoch_{EPOCHS}.pth']
+    rows = json.loads((tmp_path / 'results/campaign.json').read_text())['rows']
+    assert [(row['row'], row['seeds']) for row in rows] == [('linglo-b0-cpe', 1), ('resnet18', 0)]
+    assert (tmp_path / 'results/campaign.png').is_file()
+
+    # Only the second is left.
+    (second / 'epoch_1.pth').rmdir()
+    finished = state(first)
+    result = run_tool(*command)
+    assert re.search(rf'{first}: top-1 [\d.]+ % \(finished before\)', result.stdout)
+    assert re.search(rf'{second}: top-1 [\d.]+ % \(\d+ s\)', result.stdout)
+    assert state(first) == finished
+    assert validated(second)[-1] == list(range(1, EPOCHS + 1))
+    with open(tmp_path / 'results/campaign.csv') as file:
+        table = {row['row']: row for row in csv.DictReader(file)}
+    log = sorted(second.glob('*/vis_data/scalars.json'))[-1].read_text().splitlines()
+    assert float(table['resnet18']['top1_mean']) == json.loads(log[-1])['accuracy/top1']
+
+    # Nothing is left, and nothing is mixed with other settings.
+    finished = state(second)
+    result = run_tool(*command)
+    assert result.stdout.count('(finished before)') == 2
+    other = run_tool(TOOL, *arguments(data, work_dir, out, epochs=3), check=False)
+    assert other.returncode == 1
+    assert 'made with other settings: train_cfg.max_epochs 4 instead of 3' in other.stderr
+    assert state(second) == finished
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--data-root', '/nowhere'], 'the data cannot be read (FileNotFoundError: [Errno 2]'),
+        (['--fraction', 2], 'must be in (0, 1], got 2.0'),
+        (['--epochs', 1], 'epochs must be at least 2'),
+        (['--cfg-options', 'train_dataloader.batch_size.x=1'], '--cfg-options do not fit'),
+        ([], '20 training images are less than two batches of 128'),
+    ],
+)
+def test_mistakes(data, tmp_path, monkeypatch, more, message):
+    spec = importlib.util.spec_from_file_location('run_ablations', ROOT / TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    work_dir = tmp_path / 'work'
+    command = [TOOL, '--rows', 'resnet18', '--data-format', 'folder', '--data-root', data]
+    command += ['--work-dir', work_dir, *more]
+    monkeypatch.setattr(sys, 'argv', [str(word) for word in command])
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(tool.UsageError, match=re.escape(message)):
+        tool.main()
+    assert not work_dir.exists()
