@@ -1,4 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,12 @@ def reference(attn, x):
 ORDERS = pytest.mark.parametrize('order', ['_forward_literal', '_forward_folded'])
 
 
+def deployed(attn):
+    attn = copy.deepcopy(attn).eval()
+    attn.switch_to_deploy()
+    return attn
+
+
 @pytest.mark.parametrize('num_heads', [1, 3, 12])
 @pytest.mark.parametrize('qkv_bias', [True, False])
 @pytest.mark.parametrize('num_tokens', [1, 7, 40])
@@ -38,6 +46,53 @@ def test_matches_the_paper(num_heads, qkv_bias, num_tokens, order):
     x = torch.randn(2, num_tokens, 12, dtype=torch.float64)
     expected = torch.from_numpy(reference(attn, x))
     assert_close(getattr(attn, order)(x).detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('qkv_bias', [True, False])
+@pytest.mark.parametrize('order', ['_forward_spared', '_forward_folded', 'forward'])
+def test_deployed_form_matches_the_paper(qkv_bias, order):
+    attn = random_attention(qkv_bias=qkv_bias)
+    for num_tokens in (5, 40):
+        x = torch.randn(2, num_tokens, 12, dtype=torch.float64)
+        expected = torch.from_numpy(reference(attn, x))
+        assert_close(getattr(deployed(attn), order)(x).detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_products_follow_the_weights():
+    """After loading, training and casting; state dict and parameters are those of the training form."""
+    attn, other = random_attention(), random_attention()
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    expected = torch.from_numpy(reference(other, x))
+    model = deployed(attn)
+    assert list(model.state_dict()) == list(attn.state_dict())
+    assert dict(model.named_parameters()).keys() == dict(attn.named_parameters()).keys()
+    model.load_state_dict(other.state_dict())
+    assert_close(model(x).detach(), expected, rtol=1e-10, atol=1e-10)
+
+    model = deployed(attn).train()
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), other.parameters()):
+            ours.copy_(theirs)
+    assert_close(model(x).detach(), expected, rtol=1e-10, atol=1e-10)  # training: made anew
+    assert_close(model.eval()(x).detach(), expected, rtol=1e-10, atol=1e-10)
+    assert model.float()(x.float()).dtype == torch.float32
+
+
+def test_deployed_form_computes_no_products(monkeypatch):
+    attn = deployed(random_attention())
+    monkeypatch.setattr(KeyOnlyAttention, '_precompute', lambda _: pytest.fail('made again'))
+    multiplied = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, '__name__', '') in ('matmul', '__matmul__', 'linear'):
+                multiplied.append({tuple(a.shape) for a in args if isinstance(a, torch.Tensor)})
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        attn(torch.randn(2, 7, 12, dtype=torch.float64))
+    assert multiplied
+    assert {(12, 12)} not in multiplied  # no weight with a weight
 
 
 @pytest.mark.parametrize('qkv_bias', [True, False])
@@ -62,6 +117,7 @@ def test_both_orders_have_the_same_gradients(qkv_bias):
 )  # fmt: skip
 def test_order_follows_the_shape(shape, folded, monkeypatch):
     attn = KeyOnlyAttention(shape[-1], 1)
+    assert deployed(attn)._folding_pays(torch.empty(shape, device='meta')) == (shape[1] > shape[2])
     taken = []
     for order in ('_forward_literal', '_forward_folded'):
         monkeypatch.setattr(attn, order, lambda x, order=order: taken.append(order) or x)
@@ -110,7 +166,7 @@ def test_gradients(order):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('autocast', [True, False])
-@ORDERS
+@pytest.mark.parametrize('order', ['_forward_literal', '_forward_folded', '_forward_spared'])
 def test_half_precision_over_more_positions_than_float16_can_count(dtype, autocast, order):
     """Stage 1 of a 1333x800 image, with keys so large that a plain half-precision sum overflows.
 
@@ -124,10 +180,14 @@ def test_half_precision_over_more_positions_than_float16_can_count(dtype, autoca
         truth = attn.double()._forward_literal(x.double())
         if autocast:
             attn.float()
+            if order == '_forward_spared':
+                attn = deployed(attn)
             with torch.autocast('cpu', dtype=dtype):
                 weights, out = attn.saliency_weights(x.float()), getattr(attn, order)(x.float())
         else:
             attn.to(dtype)
+            if order == '_forward_spared':
+                attn = deployed(attn)
             weights, out = attn.saliency_weights(x), getattr(attn, order)(x)
     assert out.dtype == dtype
     assert out.isfinite().all()
