@@ -197,7 +197,7 @@ def count_parameters(cfg: Config) -> Dict[str, float]:
     """
     try:
         model = build_model(cfg).eval()
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ImportError) as error:
         raise ValueError(f'the model cannot be built: {error}') from error
     training = sum(p.numel() for p in model.parameters())
     switch_to_deploy(model)
@@ -475,6 +475,8 @@ def plot_campaign(runs: Runs, title: str, out: Path) -> None:
         curves = {label: runs[name] for name, label in comparison.labels.items() if runs.get(name)}
         if curves:
             draw_curves(axes, curves, 'epoch', 'top-1 (%)')
+        else:
+            axes.text(0.5, 0.5, 'no finished training', transform=axes.transAxes, ha='center')
     out = with_suffix(out, '.png')
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Dict, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -50,12 +51,16 @@ def _linglo(arch: str, top1: float) -> Backbone:
 
 
 PVT_V2 = "PVT v2 (arXiv 2106.13797); table of the authors' code, github.com/whai362/PVT"
-SWIFTFORMER = "SwiftFormer (arXiv 2303.15446); table of the authors' code, github.com/Amshaker/SwiftFormer"
+SWIFTFORMER = (
+    "SwiftFormer (arXiv 2303.15446); table of the authors' code, github.com/Amshaker/SwiftFormer"
+)
 FASTVIT = (
     "FastViT (arXiv 2303.14189); table of the authors' code, github.com/apple/ml-fastvit, "
     'without distillation; trained and tested at 256 x 256'
 )
-POOLFORMER = "PoolFormer (arXiv 2111.11418); table of the authors' code, github.com/sail-sg/poolformer"
+POOLFORMER = (
+    "PoolFormer (arXiv 2111.11418); table of the authors' code, github.com/sail-sg/poolformer"
+)
 EFFICIENTFORMER_V2 = (
     "EfficientFormerV2 (arXiv 2212.08059); table of the authors' code, "
     'github.com/snap-research/EfficientFormer, 300 epochs'
@@ -65,7 +70,9 @@ REPVIT = (
 )
 RESNET = 'torchvision, weights IMAGENET1K_V1 (90 epochs)'
 SWIN = 'Swin Transformer (arXiv 2103.14030), as cited by the LinGlo paper, Table 2'
-CONVNEXT = "ConvNeXt (arXiv 2201.03545); table of the authors' code, github.com/facebookresearch/ConvNeXt"
+CONVNEXT = (
+    "ConvNeXt (arXiv 2201.03545); table of the authors' code, github.com/facebookresearch/ConvNeXt"
+)
 
 BACKBONES: Dict[str, Backbone] = {
     'linglo_b0': _linglo('b0', 72.5),
@@ -156,6 +163,7 @@ def build_backbone(
     return fuse(model) if fused else model
 
 
+@torch.no_grad()
 def fuse(model: nn.Module) -> nn.Module:
     """Fuse all that can be of a timm model, with the same outputs to rounding.
 
@@ -176,7 +184,7 @@ def fuse(model: nn.Module) -> nn.Module:
             setattr(model.get_submodule(parent), child, _split(module))
         elif hasattr(module, 'get_attention_biases'):
             # Kept from call to call, which a traced module would not do by itself.
-            biases = module.get_attention_biases(next(module.parameters()).device).detach()
+            biases = module.get_attention_biases(next(module.parameters()).device)
             module.get_attention_biases = lambda _device, biases=biases: biases
     return fold_norms(model)
 

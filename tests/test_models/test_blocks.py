@@ -1,9 +1,12 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import copy
+
 import pytest
 import torch
+from conftest import randomize_norms_
 from torch.testing import assert_close
 
-from mmlinglo.models.layers import FFN, ConditionalPositionalEncoding, blocks
+from mmlinglo.models.layers import FFN, ConditionalPositionalEncoding, blocks, chunking
 
 
 def deployed_ffn(channels=4, hidden=8):
@@ -18,7 +21,7 @@ def test_bands_change_nothing(size, band_elements, monkeypatch):
     ffn = deployed_ffn()
     x = torch.randn(2, *size, 4, dtype=torch.float64)
     expected = ffn.fc2(ffn._hidden(x)).detach()
-    monkeypatch.setattr(blocks, 'BAND_ELEMENTS', band_elements)
+    monkeypatch.setattr(blocks, 'CHUNK_ELEMENTS', band_elements)
     rows = []
     hidden = ffn._hidden
     monkeypatch.setattr(ffn, '_hidden', lambda band: rows.append(band.shape[1]) or hidden(band))
@@ -29,9 +32,62 @@ def test_bands_change_nothing(size, band_elements, monkeypatch):
         assert max(rows) < size[0]
 
 
+@pytest.mark.parametrize('mode', ['train', 'norm_eval', 'deploy'])
+def test_training_by_images_changes_nothing(mode, monkeypatch):
+    """Outputs, all gradients and running statistics, against PyTorch's graph of the whole batch."""
+    ours = FFN(4, 8, ConditionalPositionalEncoding(8, deploy=mode == 'deploy')).double()
+    if mode == 'norm_eval':
+        randomize_norms_(ours)
+        for branch in ours.pos_encoding.branches:
+            branch.bn.eval()
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(5, 6, 7, 4, dtype=torch.float64) + 1
+    head = torch.randn_like(x)
+    results = []
+    for ffn, chunk_elements in ((ours, 2 * 6 * 7 * 8), (theirs, 10**9)):
+        for module in (blocks, chunking):
+            monkeypatch.setattr(module, 'CHUNK_ELEMENTS', chunk_elements)
+        leaf = x.clone().requires_grad_()
+        assert ffn._images_pay(leaf) == (ffn is ours)
+        out = ffn(leaf)
+        inputs = {'x': leaf, **dict(ffn.named_parameters())}
+        gradients = torch.autograd.grad((out * head).sum(), list(inputs.values()))
+        results.append((out, dict(zip(inputs, gradients))))
+    assert_close(*results, rtol=1e-10, atol=1e-10)
+    assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-10, atol=1e-10)
+
+
+def test_training_by_images_keeps_only_the_hidden_map(monkeypatch):
+    """Besides what the first linear layer keeps, which is its input."""
+    for module in (blocks, chunking):
+        monkeypatch.setattr(module, 'CHUNK_ELEMENTS', 2**14)
+    ffn = FFN(4, 32, ConditionalPositionalEncoding(32)).train()
+    x = torch.randn(4, 40, 40, 4, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ffn(x)
+    hidden = 4 * 4 * 40 * 40 * 32
+    assert hidden <= sum(kept.values()) < 1.4 * hidden
+
+
+def test_frozen_parts_are_left_out_of_the_gradients(monkeypatch):
+    for module in (blocks, chunking):
+        monkeypatch.setattr(module, 'CHUNK_ELEMENTS', 64)
+    ffn = FFN(4, 8, ConditionalPositionalEncoding(8)).train()
+    ffn.fc1.requires_grad_(False)
+    ffn(torch.randn(3, 6, 7, 4)).sum().backward()
+    assert ffn.fc1.weight.grad is None
+    assert all(p.grad is not None for p in ffn.pos_encoding.parameters())
+
+
 def test_bands_only_where_the_result_is_the_same(monkeypatch):
     """Not with gradients, in other forms than the deployed one, in a captured graph, for small maps."""
-    monkeypatch.setattr(blocks, 'BAND_ELEMENTS', 64)
+    monkeypatch.setattr(blocks, 'CHUNK_ELEMENTS', 64)
     x = torch.randn(1, 8, 8, 4, dtype=torch.float64)
     ffn = deployed_ffn()
     assert not ffn._bands_pay(x)  # gradients

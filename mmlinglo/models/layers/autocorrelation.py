@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
+from .chunking import image_chunks
+
 
 def autocorrelation(x: Tensor, centre: Tensor) -> Tensor:
     """Sums over s of (x(s) - centre) (x(s + d) - centre), both inside the map.
@@ -27,7 +29,7 @@ def autocorrelation(x: Tensor, centre: Tensor) -> Tensor:
         from .autocorrelation_triton import autocorrelation_triton
 
         return autocorrelation_triton(x, centre)
-    return _autocorrelation_eager(x, centre)
+    return sum(_autocorrelation_eager(x[chunk], centre) for chunk in image_chunks(x))
 
 
 def _autocorrelation_eager(x: Tensor, centre: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
+from .chunking import CHUNK_ELEMENTS, PendingGradient, by_images
 from .patch_embed import LayerNorm
-
-BAND_ELEMENTS = 2**20  # of a hidden map; 4 MiB in float32
+from .positional_encoding import ConditionalPositionalEncoding, depthwise_conv
 
 
 class FFN(nn.Module):
@@ -40,6 +41,8 @@ class FFN(nn.Module):
         """Map (B, H, W, C) to (B, H, W, C)."""
         if self._bands_pay(x):
             return torch.cat([self._forward_image(image) for image in x.split(1)])
+        if self._images_pay(x):
+            return self._forward_by_images(x)
         return self.fc2(self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -47,27 +50,52 @@ class FFN(nn.Module):
         x = self.pos_encoding(self.fc1(x).permute(0, 3, 1, 2))
         return self.excitation(self.act(x)).permute(0, 2, 3, 1)
 
+    def _is_large_and_linear(self, x: Tensor) -> bool:
+        """Whether the hidden map leaves a CPU's cache, and all of it is two layers and a convolution."""
+        return (
+            x.device.type == 'cpu'
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch.is_autocast_enabled('cpu')
+            and isinstance(self.pos_encoding, ConditionalPositionalEncoding)
+            and isinstance(self.excitation, nn.Identity)
+            and x[..., 0].numel() * self.fc1.out_features > CHUNK_ELEMENTS
+        )
+
     def _bands_pay(self, x: Tensor) -> bool:
         """Whether to go through an image in bands of rows, whose hidden map stays in the cache.
 
         That is the same arithmetic, and two to three times as fast on a CPU
-        when the hidden map is large. The encoding must be one convolution,
-        and no gradient must need the map.
+        when the hidden map is large. No gradient must need the map.
         """
-        return (
-            x.device.type == 'cpu'
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and getattr(self.pos_encoding, 'deploy', False)
-            and isinstance(self.excitation, nn.Identity)
-            and x[..., 0].numel() * self.fc1.out_features > BAND_ELEMENTS
+        if torch.is_grad_enabled() or not self._is_large_and_linear(x):
+            return False
+        return self.pos_encoding.deploy
+
+    def _images_pay(self, x: Tensor) -> bool:
+        """Whether to train image by image, with the encoded map computed again in the backward pass."""
+        if not torch.is_grad_enabled() or not self._is_large_and_linear(x):
+            return False
+        return self.pos_encoding.is_linear
+
+    def _forward_by_images(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        pending = PendingGradient() if self.pos_encoding.uses_batch_statistics else None
+        kernel, bias = self.pos_encoding.kernel_and_bias(hidden.permute(0, 3, 1, 2), pending)
+        return by_images(
+            _encode_and_project,
+            hidden,
+            kernel,
+            bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            pending=pending,
         )
 
     def _forward_image(self, x: Tensor) -> Tensor:
         """One image of :meth:`forward`, (1, H, W, C)."""
         height, width = x.shape[1:3]
-        num_bands = -(-height * width * self.fc1.out_features // BAND_ELEMENTS)
+        num_bands = -(-height * width * self.fc1.out_features // CHUNK_ELEMENTS)
         rows = -(-height // min(num_bands, height))
         bands = []
         for start in range(0, height, rows):
@@ -75,6 +103,13 @@ class FFN(nn.Module):
             hidden = self._hidden(x[:, start - above : start + rows + 1])
             bands.append(self.fc2(hidden[:, above : above + rows]))
         return torch.cat(bands, dim=1)
+
+
+def _encode_and_project(
+    hidden: Tensor, kernel: Tensor, kernel_bias: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    encoded = depthwise_conv(hidden.permute(0, 3, 1, 2), kernel, kernel_bias)
+    return F.linear(F.gelu(encoded).permute(0, 2, 3, 1), weight, bias)
 
 
 class HybridBlock(nn.Module):

@@ -23,7 +23,7 @@ known from the geometry.
 
 from functools import lru_cache
 from itertools import product
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -31,45 +31,64 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autocorrelation import autocorrelation
+from .chunking import PendingGradient, image_chunks
 from .precision import autocast_off, full_precision
 
 OFFSETS = list(product((-1, 0, 1), repeat=2))
 LAGS = list(product((-2, -1, 0, 1, 2), repeat=2))
 
 
-def patch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+def patch_moments(x: Tensor, pending: Optional[PendingGradient] = None) -> Tuple[Tensor, Tensor]:
     """Mean and covariance of the zero-padded 3x3 patches of each channel, differentiable once.
 
     Args:
         x: Maps, (B, C, H, W), channels-last ones without a copy in that layout.
+        pending: Where another reader of ``x``, which depends on the moments,
+            leaves its gradient of ``x`` as (B, H, W, C); see :func:`by_images`.
 
     Returns:
         Mean (C, 9) and covariance (C, 9, 9) over the B * H * W patches; a
         patch's entries in the order of a flattened 3x3 kernel. float32 for half
         precision inputs.
     """
-    return _PatchMoments.apply(x)
+    return _PatchMoments.apply(x, pending)
 
 
 class _PatchMoments(torch.autograd.Function):
     """Keeps nothing but ``x`` for the backward pass, which a convolution after it keeps anyway."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: ANN001
+    def forward(  # noqa: ANN205
+        ctx,  # noqa: ANN001
+        x: Tensor,
+        pending: Optional[PendingGradient],
+    ):
         with autocast_off(x):
             mean, covariance = _moments(x)
         ctx.save_for_backward(x, mean)
+        ctx.pending = pending
         return mean, covariance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mean: Tensor, grad_covariance: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(  # noqa: ANN205
+        ctx,  # noqa: ANN001
+        grad_mean: Tensor,
+        grad_covariance: Tensor,
+    ):
         x, mean = ctx.saved_tensors
         with autocast_off(x):
             # covariance = S - m m^T
             both = grad_covariance + grad_covariance.transpose(1, 2)
             grad_mean = grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)
-            return _moments_adjoint(full_precision(x), grad_mean, grad_covariance).to(x.dtype)
+            adjoint = _MomentsAdjoint(x, grad_mean, grad_covariance)
+            if ctx.pending is None:
+                return adjoint(full_precision(x)).to(x.dtype), None
+            grad = ctx.pending.value.permute(0, 3, 1, 2)
+            ctx.pending.value = None
+            for chunk in image_chunks(x):
+                grad[chunk] += adjoint(full_precision(x[chunk])).to(x.dtype)
+            return grad, None
 
 
 def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -161,38 +180,41 @@ def _inside_moments(height: int, width: int) -> Tuple[Tensor, Tensor]:
     return mean, torch.tensor(second, dtype=torch.float64).view(9, 9) - mean.outer(mean)
 
 
-def _moments_adjoint(x: Tensor, grad_mean: Tensor, grad_second: Tensor) -> Tensor:
-    """Gradient of x from those of m (C, 9) and S (C, 9, 9)."""
-    channels = x.shape[1]
-    n = x.shape[0] * x.shape[2] * x.shape[3]
-    grad = grad_second.flatten(1) @ _ASSEMBLY.to(x).t() / n
-    lags, border, corners = grad.split([25, 20, 4], dim=1)
-    border = border.view(-1, 2, 2, 5)
-    shift = grad_mean.view(-1, 3, 3) / n
+class _MomentsAdjoint:
+    """Gradient of x from those of m (C, 9) and S (C, 9, 9), image by image."""
 
-    def symmetric(kernel: Tensor) -> Tensor:
-        # R(d) = sum x(s) x(s + d): its derivative at s is x(s + d) + x(s - d).
-        kernel = kernel.view(channels, 1, *kernel.shape[1:])
-        return kernel + kernel.flip(2, 3)
+    def __init__(self, x: Tensor, grad_mean: Tensor, grad_second: Tensor) -> None:
+        channels = x.shape[1]
+        n = x.numel() // channels
+        grad = grad_second.flatten(1) @ _ASSEMBLY.to(grad_second).t() / n
+        lags, border, corners = grad.split([25, 20, 4], dim=1)
+        border = border.view(-1, 2, 2, 5)
+        self.shift = grad_mean.view(-1, 3, 3) / n
+        self.lags = _symmetric(lags.reshape(-1, 1, 5, 5))
+        self.rows = [_symmetric(border[:, 0, i].reshape(-1, 1, 1, 5)) for i in range(2)]
+        self.columns = [_symmetric(border[:, 1, i].reshape(-1, 1, 5, 1)) for i in range(2)]
+        self.corners = 2 * corners.view(-1, 2, 2)
 
-    out = F.conv2d(
-        x, symmetric(lags.reshape(-1, 5, 5)), shift.sum((1, 2)), padding=2, groups=channels
-    )
-    for i, line in enumerate((0, -1)):  # a patch reaches beyond the first line with offset -1
-        offset = 2 if line == 0 else 0
-        row, column = x[:, :, line].unsqueeze(2), x[:, :, :, line].unsqueeze(3)
-        out[:, :, line] += F.conv2d(
-            row, symmetric(border[:, 0, i].unsqueeze(1)), padding=(0, 2), groups=channels
-        ).squeeze(2) - shift[:, offset].sum(1).view(-1, 1)
-        out[:, :, :, line] += F.conv2d(
-            column, symmetric(border[:, 1, i].unsqueeze(2)), padding=(2, 0), groups=channels
-        ).squeeze(3) - shift[:, :, offset].sum(1).view(-1, 1)
-        for j, other in enumerate((0, -1)):
-            out[:, :, line, other] += (
-                2 * corners[:, 2 * i + j] * x[:, :, line, other]
-                + shift[:, offset, 2 if other == 0 else 0]
-            )
-    return out
+    def __call__(self, x: Tensor) -> Tensor:
+        """Gradient of some images, (B', C, H, W)."""
+        shift, channels = self.shift, x.shape[1]
+        out = F.conv2d(x, self.lags, shift.sum((1, 2)), padding=2, groups=channels)
+        for i, line in enumerate((0, -1)):
+            offset = 2 - 2 * i  # with offset -1 (1) a patch reaches beyond the first (last) line
+            row, column = x[:, :, line].unsqueeze(2), x[:, :, :, line].unsqueeze(3)
+            row = F.conv2d(row, self.rows[i], padding=(0, 2), groups=channels)
+            column = F.conv2d(column, self.columns[i], padding=(2, 0), groups=channels)
+            out[:, :, line] += row.squeeze(2) - shift[:, offset].sum(1).view(-1, 1)
+            out[:, :, :, line] += column.squeeze(3) - shift[:, :, offset].sum(1).view(-1, 1)
+            for j, other in enumerate((0, -1)):
+                corner = self.corners[:, i, j] * x[:, :, line, other]
+                out[:, :, line, other] += corner + shift[:, offset, 2 - 2 * j]
+        return out
+
+
+def _symmetric(kernel: Tensor) -> Tensor:
+    # R(d) = sum x(s) x(s + d): its derivative at s is x(s + d) + x(s - d).
+    return kernel + kernel.flip(2, 3)
 
 
 def _assembly() -> Tensor:

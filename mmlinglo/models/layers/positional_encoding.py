@@ -7,6 +7,7 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .chunking import PendingGradient
 from .patch_moments import patch_moments
 from .precision import autocast_off
 from .synchronize import synchronize_statistics
@@ -103,10 +104,10 @@ class ConditionalPositionalEncoding(nn.Module):
         """
         if self.deploy:
             return self.reparam(x)
-        if not self._is_linear(x):
+        # Of a single value, batch norm refuses to take statistics, with an error of its own.
+        if not self.is_linear or (self.uses_batch_statistics and x.numel() == self.channels):
             return self._forward_branches(x)
-        kernel, bias = self._kernel_and_bias(x)
-        return F.conv2d(x, kernel, bias, padding=self.kernel_size // 2, groups=self.channels)
+        return depthwise_conv(x, *self.kernel_and_bias(x))
 
     def _forward_branches(self, x: Tensor) -> Tensor:
         out = self.branches[0](x)
@@ -114,27 +115,43 @@ class ConditionalPositionalEncoding(nn.Module):
             out = out + branch(x)
         return x + out if self.skip else out
 
-    def _is_linear(self, x: Tensor) -> bool:
-        """Whether the branches are convolutions and batch norms which all take the same statistics."""
+    @property
+    def is_linear(self) -> bool:
+        """Whether :meth:`kernel_and_bias` can be had: from batch norms which all take the same statistics."""
+        if self.deploy:
+            return True
         norms = [branch.norm for branch in self.branches if branch.with_norm]
         if len(norms) < len(self.branches) or type(norms[0]) not in BATCH_NORMS:
             return False
         if any(branch.conv.bias is not None for branch in self.branches):
             return False
-        # Of a single value, batch norm refuses the statistics with an error of its own.
-        values = x.numel() // self.channels
-        return len({_uses_batch(norm) for norm in norms}) == 1 and (
-            values > 1 or not _uses_batch(norms[0])
-        )
+        return len({_uses_batch(norm) for norm in norms}) == 1
 
-    def _kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Kernel (C, 1, 3, 3) and bias (C,) that do the work of all branches on ``x``."""
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether :meth:`kernel_and_bias` depends on the values of ``x``."""
+        return not self.deploy and _uses_batch(self.branches[0].norm)
+
+    def kernel_and_bias(
+        self, x: Tensor, pending: Optional[PendingGradient] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """Kernel and bias that do the work of all branches on ``x``; running statistics are updated.
+
+        Args:
+            x: Feature map, (B, C, H, W).
+            pending: See :func:`patch_moments`, for batch statistics.
+
+        Returns:
+            Kernel (C, 1, 3, 3) and bias (C,), differentiable.
+        """
+        if self.deploy:
+            return self.reparam.weight, self.reparam.bias
         norms = [branch.norm for branch in self.branches]
         with autocast_off(x):
             # shaped (branches, C, 9); the statistics, scales and biases (branches, C)
             kernels = torch.stack([branch.conv.weight.flatten(1) for branch in self.branches])
             if _uses_batch(norms[0]):
-                mean, var = self._batch_statistics(x, kernels)
+                mean, var = self._batch_statistics(x, kernels, pending)
             else:
                 mean = torch.stack([norm.running_mean for norm in norms])
                 var = torch.stack([norm.running_var for norm in norms])
@@ -153,10 +170,12 @@ class ConditionalPositionalEncoding(nn.Module):
             kernel = kernel.view(-1, 1, self.kernel_size, self.kernel_size)
             return kernel.to(x.dtype), bias.to(x.dtype)
 
-    def _batch_statistics(self, x: Tensor, kernels: Tensor) -> Tuple[Tensor, Tensor]:
+    def _batch_statistics(
+        self, x: Tensor, kernels: Tensor, pending: Optional[PendingGradient]
+    ) -> Tuple[Tensor, Tensor]:
         """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
         norms = [branch.norm for branch in self.branches]
-        patch_mean, patch_covariance = patch_moments(x)
+        patch_mean, patch_covariance = patch_moments(x, pending)
         kernels = kernels.to(patch_mean)
         mean = (kernels * patch_mean).sum(-1)
         var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
@@ -223,6 +242,11 @@ class ConditionalPositionalEncoding(nn.Module):
             padding=self.kernel_size // 2,
             groups=self.channels,
         )
+
+
+def depthwise_conv(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Depth-wise convolution of (B, C, H, W) by kernels (C, 1, 3, 3), same size out."""
+    return F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
 
 
 def _uses_batch(norm: _BatchNorm) -> bool:
