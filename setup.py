@@ -52,7 +52,7 @@ setup(
     packages=find_packages(include=['mmlinglo', 'mmlinglo.*']),
     include_package_data=True,
     install_requires=requirements('runtime'),
-    extras_require={'mminstall': requirements('mminstall'), 'tests': requirements('tests')},
+    extras_require={name: requirements(name) for name in ('mminstall', 'analysis', 'tests')},
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,
 )

@@ -15,6 +15,7 @@ from mmengine.structures import InstanceData, PixelData
 from mmlinglo.utils.deploy import build_model
 
 CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py') if '_base_' not in p.parts)
+PEERS = ('pvtv2', 'resnet18')  # of the CIFAR-10 comparison
 SIZES = ('b0', 'b1', 'b2')
 EMBED_DIMS = dict(b0=[32, 64, 160, 256], b1=[64, 128, 320, 512], b2=[64, 128, 320, 512])
 
@@ -95,6 +96,8 @@ def test_common_settings(path):
     assert cfg.sync_bn == 'torch'
     assert cfg.auto_scale_lr.base_batch_size > 0
     assert cfg.auto_scale_lr.enable is False
+    if path.stem.startswith(PEERS):
+        return
     assert cfg.model.backbone.type == 'mmlinglo.LinGlo'
     arch = cfg.model.backbone.arch
     assert isinstance(arch, dict) or arch in cfg.filename

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**20  # of the widest map at a time; 4 MiB in float32
+CHUNK_ELEMENTS = 2**21  # of the widest map at a time; 8 MiB in float32
 
 
 def image_chunks(x: Tensor) -> List[slice]:
