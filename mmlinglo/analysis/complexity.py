@@ -170,7 +170,8 @@ def count_complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:
             a tensor's values; its name, and the module that executes it, are in the message.
     """
     counter = _Counter(type(model).__name__)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _tracked(model, counter.modules):
+    # With gradients: without, a deployed FFN may go in bands whose overlap a CPU computes twice.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _tracked(model, counter.modules):
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             # The weights too: an in-place change of a real tensor would be carried out.
             weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .precision import autocast_off, full_precision
 
-# Of the deployed form: directions of the scores (num_heads, C), U_1 U_2 and W_K U_2 (C, C), the constant (C,).
+# Buffers of the deployed form, see _score_directions and _products.
 PRODUCTS = ('score_directions', 'value_product', 'key_product', 'shift')
 
 
@@ -87,7 +87,7 @@ class KeyOnlyAttention(nn.Module):
             at least float32, since N may exceed the largest float16 number.
         """
         with autocast_off(x):
-            scores = full_precision(x) @ full_precision(self._products()[0]).t()
+            scores = full_precision(x) @ full_precision(self._score_directions()).t()
             return scores.transpose(1, 2).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class KeyOnlyAttention(nn.Module):
         context = self._context(x)
         # Small products, whose rounding would reach every position: at least float32.
         with autocast_off(x):
-            _, u_12, w_key_u_2, shift = (full_precision(p) for p in self._products())
+            u_12, w_key_u_2, shift = (full_precision(product) for product in self._products())
             w_value = full_precision(self.value.weight).t()
             matrix = (context.unsqueeze(1) * w_value) @ u_12 + w_key_u_2
             if self.value.bias is None:
@@ -164,7 +164,7 @@ class KeyOnlyAttention(nn.Module):
         return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, matrix.to(x.dtype))
 
     def _forward_spared(self, x: Tensor) -> Tensor:
-        _, u_12, w_key_u_2, shift = self._products()
+        u_12, w_key_u_2, shift = self._products()
         modulated = self._context(x).unsqueeze(1).to(x.dtype) * self.value(x)
         return F.linear(x, w_key_u_2.t(), shift) + modulated @ u_12
 
@@ -179,25 +179,30 @@ class KeyOnlyAttention(nn.Module):
         """W_K as (num_heads, head_dims, C), at least float32."""
         return full_precision(self.key.weight).unflatten(0, (self.num_heads, self.head_dims))
 
-    def _products(self) -> Tuple[Tensor, ...]:
-        """Products of weights alone, see ``PRODUCTS``."""
+    def _score_directions(self) -> Tensor:
+        """W_K,head saliency_head / sqrt(D) of each head, (num_heads, C)."""
         if self._is_precomputed:
-            return tuple(getattr(self, name) for name in PRODUCTS)
+            return self.score_directions
         # A key bias adds the same to all scores of a head: softmax ignores it.
         saliency = full_precision(self.saliency) * self.scale
-        direction = torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
+        return torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
+
+    def _products(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """U_1 U_2 and W_K U_2, (C, C), and the constant (b_K + b_mix) U_2 + b_proj, (C,)."""
+        if self._is_precomputed:
+            return self.value_product, self.key_product, self.shift
         w_key, u_1, u_2 = (
             full_precision(linear.weight).t() for linear in (self.key, self.mix, self.proj)
         )
         passed = full_precision(self.mix.bias)  # what reaches U_2 besides the values
         if self.key.bias is not None:
             passed = passed + full_precision(self.key.bias)
-        return direction, u_1 @ u_2, w_key @ u_2, passed @ u_2 + full_precision(self.proj.bias)
+        return u_1 @ u_2, w_key @ u_2, passed @ u_2 + full_precision(self.proj.bias)
 
     @torch.no_grad()
     def _precompute(self) -> None:
         deploy, self.deploy = self.deploy, False
-        products = self._products()
+        products = (self._score_directions(), *self._products())
         self.deploy = deploy
         for name, product in zip(PRODUCTS, products):
             setattr(self, name, product.to(self.key.weight.dtype).contiguous())
