@@ -20,9 +20,9 @@ def image_chunks(x: Tensor) -> List[slice]:
 
 
 class PendingGradient:
-    """The gradient of a map from one of its two readers, to which the other one adds its own in place."""
+    """The gradient of a map from one of its two readers, chunk by chunk, until the other one adds its own."""
 
-    value: Optional[Tensor] = None
+    chunks: Optional[List[Tensor]] = None
 
 
 def by_images(
@@ -68,18 +68,19 @@ class _ByImages(torch.autograd.Function):
         x, *tensors = (tensor.detach() for tensor in ctx.saved_tensors)
         for tensor in tensors:
             tensor.requires_grad_()
-        grad_x = torch.empty_like(x)
-        totals = None
+        grads_x, totals = [], None
         for chunk in image_chunks(x):
             with torch.enable_grad():
                 part = x[chunk].requires_grad_()
                 out = ctx.function(part, *tensors)
-            grad_x[chunk], *grads = torch.autograd.grad(out, (part, *tensors), grad[chunk])
+            grad_x, *grads = torch.autograd.grad(out, (part, *tensors), grad[chunk])
+            grads_x.append(grad_x)
             if totals is None:
                 totals = grads
             else:
                 for total, new in zip(totals, grads):
                     total += new
-        if ctx.pending is not None:
-            ctx.pending.value, grad_x = grad_x, None
-        return None, None, grad_x, *totals
+        if ctx.pending is None:
+            return None, None, torch.cat(grads_x), *totals
+        ctx.pending.chunks = grads_x
+        return None, None, None, *totals

@@ -45,6 +45,7 @@ def patch_moments(x: Tensor, pending: Optional[PendingGradient] = None) -> Tuple
         x: Maps, (B, C, H, W), channels-last ones without a copy in that layout.
         pending: Where another reader of ``x``, which depends on the moments,
             leaves its gradient of ``x`` as (B, H, W, C); see :func:`by_images`.
+            ``x`` is then in float32 or wider.
 
     Returns:
         Mean (C, 9) and covariance (C, 9, 9) over the B * H * W patches; a
@@ -84,10 +85,10 @@ class _PatchMoments(torch.autograd.Function):
             adjoint = _MomentsAdjoint(x, grad_mean, grad_covariance)
             if ctx.pending is None:
                 return adjoint(full_precision(x)).to(x.dtype), None
-            grad = ctx.pending.value.permute(0, 3, 1, 2)
-            ctx.pending.value = None
-            for chunk in image_chunks(x):
-                grad[chunk] += adjoint(full_precision(x[chunk])).to(x.dtype)
+            others, ctx.pending.chunks = ctx.pending.chunks, None
+            grad = torch.empty_like(x)
+            for chunk, other in zip(image_chunks(x), others):
+                torch.add(adjoint(x[chunk]), other.permute(0, 3, 1, 2), out=grad[chunk])
             return grad, None
 
 
