@@ -6,7 +6,6 @@ from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmlinglo import LinGlo
 
@@ -91,8 +90,8 @@ BACKBONES: Dict[str, Backbone] = {
     'swiftformer_xs': Backbone('SwiftFormer-XS', 75.7, SWIFTFORMER, True, FX_FUSION),
     'swiftformer_s': Backbone('SwiftFormer-S', 78.5, SWIFTFORMER, True, FX_FUSION),
     'swiftformer_l1': Backbone('SwiftFormer-L1', 80.9, SWIFTFORMER, True, FX_FUSION),
-    'fastvit_t8': Backbone('FastViT-T8', 76.2, FASTVIT, False, TIMM_FUSION),
-    'fastvit_sa12': Backbone('FastViT-SA12', 80.9, FASTVIT, False, TIMM_FUSION),
+    'fastvit_t8': Backbone('FastViT-T8 (top-1 at 256)', 76.2, FASTVIT, False, TIMM_FUSION),
+    'fastvit_sa12': Backbone('FastViT-SA12 (top-1 at 256)', 80.9, FASTVIT, False, TIMM_FUSION),
     'poolformer_s12': Backbone('PoolFormer-S12', 77.2, POOLFORMER),
     'efficientformerv2_s0': Backbone(
         'EfficientFormerV2-S0', 75.7, EFFICIENTFORMER_V2, True, FX_FUSION, image_size=True
@@ -187,11 +186,6 @@ def fuse(model: nn.Module) -> nn.Module:
             biases = module.get_attention_biases(next(module.parameters()).device)
             module.get_attention_biases = lambda _device, biases=biases: biases
     return fold_norms(model)
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a model has batch norms, which can be folded once it is trained."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def _split(module: nn.Module) -> nn.Sequential:

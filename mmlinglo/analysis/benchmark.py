@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mmlinglo.analysis.backbones import BACKBONES, build_backbone
 from mmlinglo.analysis.complexity import count_complexity
 from mmlinglo.analysis.execution import Execution, result_or_out_of_memory
-from mmlinglo.analysis.memory import peak_memory_mib
+from mmlinglo.analysis.memory import ProcessDiedError, peak_memory_mib
 from mmlinglo.analysis.timing import Timing, measure, synchronize
 
 FORMS = ('trained', 'fused')
@@ -218,8 +218,9 @@ def measure_backbones(
     Returns:
         One row a variant: ``model``, ``form``, ``engine`` (``'eager'`` or
         ``'compiled'``), ``height``, ``width``, ``batch_size``, ``status`` (``'ok'``,
-        ``'out of memory'`` or ``'too slow'``), ``latency_ms`` a batch (median) with its
-        quartiles ``latency_lower_ms`` and ``latency_upper_ms``, ``images_per_s``,
+        ``'out of memory'``, ``'too slow'``, or ``'crashed'`` as PyTorch does in some
+        operators), ``latency_ms`` a batch (median) with its quartiles
+        ``latency_lower_ms`` and ``latency_upper_ms``, ``images_per_s``,
         ``peak_memory_mib``, ``first_call_s``; ``params_m`` in 10^6 and ``macs_g`` an
         image in 10^9 (None, with the reason in ``not_counted``, if they cannot be);
         ``top1``, ``top1_source``, ``distilled`` and ``fusion`` of
@@ -227,6 +228,7 @@ def measure_backbones(
 
     Raises:
         ValueError: If an argument is out of range.
+        ProcessDiedError: If PyTorch crashes while the backbones are timed together.
         RuntimeError: If a measurement fails for another reason than memory.
     """
     if rounds < 2:
@@ -242,9 +244,13 @@ def measure_backbones(
         # What does not fit eagerly is not tried compiled.
         status[variant] = status.get(variant._replace(compiled=False), 'ok')
         if memory and not variant.compiled:
-            profiles[variant] = result_or_out_of_memory(
-                _profile, variant, setting, limit_gib, limited=limit_gib is not None
-            )
+            try:
+                profiles[variant] = result_or_out_of_memory(
+                    _profile, variant, setting, limit_gib, limited=limit_gib is not None
+                )
+            except ProcessDiedError:
+                status[variant] = 'crashed'
+                continue
             if profiles[variant] is None:
                 status[variant] = 'out of memory'
             elif max_seconds is not None and profiles[variant].first_call_s > max_seconds:

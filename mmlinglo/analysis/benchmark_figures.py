@@ -2,16 +2,27 @@
 """Figures of the benchmark: accuracy against latency, and latency and memory by size."""
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from mmlinglo.analysis.backbones import BACKBONES
 from mmlinglo.analysis.report import with_suffix
 
-STATUSES = {'out of memory': 'x', 'too slow': '^'}  # and the marker of each
+SIDES = (  # offset in points, and the alignment of a label there
+    ((7, 0), 'left', 'center'),
+    ((-7, 0), 'right', 'center'),
+    ((0, 7), 'center', 'bottom'),
+    ((0, -7), 'center', 'top'),
+    ((6, 6), 'left', 'bottom'),
+    ((6, -6), 'left', 'top'),
+    ((-6, 6), 'right', 'bottom'),
+    ((-6, -6), 'right', 'top'),
+)
+STATUSES = {'out of memory': 'x', 'too slow': '^', 'crashed': '+'}  # and the marker of each
 
 
 def plot_accuracy(rows: List[dict], title: str, out: Path) -> None:
@@ -52,14 +63,6 @@ def plot_accuracy(rows: List[dict], title: str, out: Path) -> None:
                 fillstyle='none' if distilled else 'full',
                 label=label,
             )
-    for row in points.values():
-        axes.annotate(
-            BACKBONES[row['model']].label,
-            (row['latency_ms'], row['top1']),
-            (7, -3),
-            textcoords='offset points',
-            fontsize='small',
-        )
     axes.set_xscale('log')
     _plain_log_axis(axes.xaxis)
     axes.margins(x=0.2, y=0.1)
@@ -70,6 +73,13 @@ def plot_accuracy(rows: List[dict], title: str, out: Path) -> None:
         axes.legend(loc='lower right')
     else:
         axes.text(0.5, 0.5, 'no data', transform=axes.transAxes, ha='center')
+    _label_points(
+        axes,
+        {
+            BACKBONES[model].label: (row['latency_ms'], row['top1'])
+            for model, row in sorted(points.items(), key=lambda item: -item[1]['top1'])
+        },
+    )
     _save(figure, out)
 
 
@@ -77,7 +87,8 @@ def plot_sweep(rows: List[dict], title: str, out: Path) -> None:
     """Draw latency and peak memory against the size of the images into ``<out>.png``.
 
     A line a model; the band of a latency is its quartiles. A marker at the top is the
-    size at which a model was out of memory (cross) or too slow (triangle).
+    size at which a model went no further, such as out of memory (cross) or too slow
+    (triangle; its memory is known).
 
     Args:
         rows: From :func:`~mmlinglo.analysis.benchmark.sweep`.
@@ -94,13 +105,14 @@ def plot_sweep(rows: List[dict], title: str, out: Path) -> None:
             mine = [row for row in rows if row['model'] == model]
             _draw_line(axes, mine, key, BACKBONES[model].label, f'C{number}', number)
         axes.set_xscale('log')
-        axes.set_yscale('log')
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high * (high / low) ** (0.05 * len(models)))  # no line meets a marker
-        _plain_log_axis(axes.yaxis)
+        if any(row[key] is not None for row in rows):
+            axes.set_yscale('log')
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high * (high / low) ** (0.05 * len(models)))  # room for markers
+            _plain_log_axis(axes.yaxis)
         axes.set_xticks(sorted({row['width'] for row in rows}))
         axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel('Size of the images [pixels, height = width]')
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
@@ -110,15 +122,17 @@ def plot_sweep(rows: List[dict], title: str, out: Path) -> None:
 
 
 def _draw_line(axes: Axes, rows: List[dict], key: str, label: str, color: str, number: int) -> None:
-    found = [row for row in rows if row[key] is not None and row['status'] == 'ok']
+    found = [row for row in rows if row[key] is not None]
     sizes = [row['width'] for row in found]
     if found:
-        axes.plot(sizes, [row[key] for row in found], 'o-', ms=4, color=color, label=label)
+        marker = 'osDvP*'[number % 6]
+        values = [row[key] for row in found]
+        axes.plot(sizes, values, '-', marker=marker, ms=5, color=color, label=label)
     if found and key == 'latency_ms':
         quartiles = zip(*((row['latency_lower_ms'], row['latency_upper_ms']) for row in found))
         axes.fill_between(sizes, *quartiles, color=color, alpha=0.25, linewidth=0)
     for row in rows:
-        if row['status'] in STATUSES:
+        if row[key] is None:
             axes.plot(
                 row['width'],
                 0.97 - 0.045 * number,
@@ -128,6 +142,34 @@ def _draw_line(axes: Axes, rows: List[dict], key: str, label: str, color: str, n
                 label=f'{label}: {row["status"]}',
                 transform=axes.get_xaxis_transform(),
             )
+
+
+def _label_points(axes: Axes, points: Dict[str, Tuple[float, float]]) -> None:
+    """Write each label beside its point, on a side where it covers neither points nor labels."""
+    figure = axes.figure
+    figure.draw_without_rendering()  # lays it out: sizes in pixels are known from here on
+    centres = axes.transData.transform(list(points.values())) if points else []
+    size = 5 * figure.dpi / 72  # half a marker, in pixels
+    taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in centres]
+    if axes.get_legend() is not None:
+        taken.append(axes.get_legend().get_window_extent())
+    for label, point in points.items():
+        for offset, side, height in SIDES:
+            text = axes.annotate(
+                label,
+                point,
+                offset,
+                textcoords='offset points',
+                ha=side,
+                va=height,
+                fontsize='small',
+                bbox=dict(facecolor='white', edgecolor='none', alpha=0.7, pad=0.5),
+            )
+            box = text.get_window_extent()
+            if not box.count_overlaps(taken) or offset == SIDES[-1][0]:
+                break
+            text.remove()
+        taken.append(box)
 
 
 def _plain_log_axis(axis: Any) -> None:

@@ -29,13 +29,14 @@ from mmlinglo.analysis.benchmark import (
 )
 from mmlinglo.analysis.benchmark_figures import plot_accuracy, plot_sweep
 from mmlinglo.analysis.execution import Execution
+from mmlinglo.analysis.memory import ProcessDiedError
 from mmlinglo.analysis.report import format_table, provenance, write_report
 from mmlinglo.utils.cli import UsageError, run
 
 SWEPT = ('linglo_b0', 'linglo_b0_dot_product', 'pvt_v2_b0', 'swiftformer_xs')
 COMPARED = tuple(name for name in BACKBONES if name != 'linglo_b0_dot_product')
-STATED = ('bars', 'device', 'dtype', 'out', 'threads')  # elsewhere in the provenance, or nothing
-SIZES = (224, 320, 448, 640, 896, 1280, 1792, 2048)
+STATED = ('mode', 'batch_size', 'channels_last', 'rounds', 'memory_limit', 'max_seconds')
+SIZES = (224, 320, 448, 640, 896, 1280, 2048)
 
 
 def parse_args() -> argparse.Namespace:
@@ -163,10 +164,12 @@ def main() -> None:
         rows = measure(args, setting)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    except ProcessDiedError as error:
+        raise UsageError(f'PyTorch crashed ({error}): leave models out by --models') from error
 
     torch.set_num_threads(setting.threads)  # what the provenance states
-    kept = {key: value for key, value in vars(args).items() if key not in STATED}
-    source = provenance(args.device, setting.dtype, **kept, autocast=setting.autocast)
+    stated = {key: getattr(args, key) for key in STATED}
+    source = provenance(args.device, setting.dtype, autocast=setting.autocast, **stated)
     write_report(args.out, rows, source)
     heading = title(args, setting, source['device'])
     (plot_sweep if args.sweep else plot_accuracy)(rows, heading, Path(args.out))

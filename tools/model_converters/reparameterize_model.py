@@ -6,8 +6,6 @@ The outputs of both forms are compared first; the file is written only if they a
 
 import argparse
 import copy
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ import mmlinglo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model, relative_difference, switch_to_deploy
+from mmlinglo.utils.files import complete_file
 
 TOLERANCE = 1e-4  # relative; float32 rounding of the fused weights gives about 1e-6
 
@@ -57,26 +56,13 @@ def main() -> None:
         mmlinglo_version=mmlinglo.__version__,
         reparameterized=dict(relative_difference=difference),
     )
-    write(dict(meta=meta, state_dict=deployed.state_dict()), out)
+    with complete_file(out) as file:
+        torch.save(dict(meta=meta, state_dict=deployed.state_dict()), file)
     before, after = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, deployed))
     print(
         f'{out}: {before:.2f} M -> {after:.2f} M parameters, outputs differ by {difference:.1e} '
         f'(relative)\nuse it with --cfg-options model.backbone.deploy=True'
     )
-
-
-def write(checkpoint: dict, out: Path) -> None:
-    """Write the file under another name and move it into place when it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=out.parent, suffix=out.suffix, delete=False) as file:
-        try:
-            torch.save(checkpoint, file)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, out)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 if __name__ == '__main__':

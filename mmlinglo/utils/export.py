@@ -1,0 +1,111 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Networks as ONNX files, and whether these compute the same."""
+
+import json
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+DYNAMIC_SIZES = {0: 'batch', 2: 'height', 3: 'width'}
+OPSETS = range(18, 24)  # that PyTorch's exporter writes; below 18 it falls back without an error
+
+
+class Logits(nn.Module):
+    """A classifier as a function from images (B, 3, H, W) to logits (B, classes).
+
+    Args:
+        classifier: Classifier of mmpretrain.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(images, mode='tensor')
+
+
+def preprocessing(cfg: Config) -> Dict[str, str]:
+    """What an experiment does to images before its network sees them, as texts.
+
+    Args:
+        cfg: The experiment's config.
+
+    Returns:
+        ``channel_order`` (``RGB`` or ``BGR``) and, for pixels in [0, 255] as
+        ``(pixel - mean) / std``, ``mean`` and ``std``, JSON lists in that order.
+    """
+    settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    rgb = settings.get('bgr_to_rgb', False) or settings.get('to_rgb', False)
+    return dict(
+        channel_order='RGB' if rgb else 'BGR',  # OpenMMLab reads files as BGR
+        mean=json.dumps(list(settings.get('mean') or [0.0, 0.0, 0.0])),
+        std=json.dumps(list(settings.get('std') or [1.0, 1.0, 1.0])),
+    )
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Union[str, Path],
+    image_shape: Tuple[int, int, int, int],
+    output_names: Sequence[str],
+    dynamic: bool = False,
+    opset: Optional[int] = None,
+    metadata: Optional[Dict[str, str]] = None,
+) -> None:
+    """Write a network as one ONNX file, by PyTorch's exporter on top of torch.export.
+
+    Args:
+        model: Network in evaluation mode from images to a tensor or a tuple.
+        path: File to write.
+        image_shape: (B, C, H, W) of the input, which is named ``images``. With
+            ``dynamic`` an example, in which B is at least 2 and no feature map
+            has a side of 1 (H and W above 32 for four stages).
+        output_names: Names of the outputs.
+        dynamic: Whether B, H and W are free.
+        opset: Version of the ONNX operators, 18 to 23; None for the exporter's own.
+        metadata: Texts to keep in the file.
+
+    Raises:
+        ValueError: If ``opset`` is another one.
+    """
+    if opset is not None and opset not in OPSETS:
+        raise ValueError(f'opset must be in {OPSETS[0]}-{OPSETS[-1]} or None, got {opset}')
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(image_shape),),
+        dynamo=True,
+        input_names=['images'],
+        output_names=list(output_names),
+        dynamic_shapes=(DYNAMIC_SIZES,) if dynamic else None,
+        opset_version=opset,
+        verbose=False,
+    )
+    program.model.metadata_props.update(metadata or {})
+    program.save(path, external_data=False)
+
+
+def run_onnx(path: Union[str, Path], images: Tensor) -> List[Tensor]:
+    """Outputs of an ONNX file for a batch of images, from ONNX Runtime on the CPU."""
+    import onnxruntime  # needed here only
+
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return [torch.from_numpy(out) for out in session.run(None, {'images': images.numpy()})]
+
+
+def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest error over the largest expected value of each tensor; of all tensors, the largest.
+
+    Raises:
+        ValueError: If number or shapes of the tensors differ.
+    """
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, expected)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f'outputs of the shapes {shapes[0]} instead of {shapes[1]}')
+    return max(
+        float((out - ref).abs().max() / ref.abs().max().clamp(min=1e-12))
+        for out, ref in zip(outputs, expected)
+    )

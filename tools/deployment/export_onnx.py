@@ -1,0 +1,128 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Write the deployed form of a backbone or a classifier as an ONNX file.
+
+ONNX Runtime's outputs on random images are compared with PyTorch's of the training form first; the file appears only
+if they agree. Preprocessing is not in the graph: its numbers are in the file's metadata.
+"""
+
+import argparse
+from pathlib import Path
+from typing import List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+import mmlinglo
+from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
+from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
+from mmlinglo.utils.deploy import build_model, switch_to_deploy
+from mmlinglo.utils.export import (
+    OPSETS,
+    Logits,
+    export_onnx,
+    preprocessing,
+    relative_error,
+    run_onnx,
+)
+from mmlinglo.utils.files import complete_file
+
+TOLERANCE = 1e-4  # relative; float32 rounding gives about 1e-6
+SMALLEST = dict(fixed=32, dynamic=64)  # pixels; an example must not have a map with a side of 1
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config_parser(__doc__)
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint file; default: random weights')
+    parser.add_argument('--out', required=True, help='file to write, *.onnx')
+    parser.add_argument(
+        '--part',
+        choices=['backbone', 'model'],
+        default='backbone',
+        help='backbone (the default): feature maps; model: logits, of a classifier only',
+    )
+    parser.add_argument(
+        '--shape', nargs=2, type=int, default=[224, 224], metavar=('H', 'W'), help='image size'
+    )
+    parser.add_argument('--batch-size', type=int, default=1, help='without --dynamic; default: 1')
+    parser.add_argument(
+        '--dynamic', action='store_true', help='for images of any number and size; H W: an example'
+    )
+    parser.add_argument(
+        '--opset', type=int, choices=OPSETS, help="ONNX operators; default: the exporter's own"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f'{error.name} is missing: pip install onnx onnxscript onnxruntime'
+        ) from error
+    cfg = load_config(args.config, args.cfg_options)
+    out = Path(args.out)
+    if out.suffix != '.onnx' or out.is_dir():
+        raise UsageError(f'--out must be a file *.onnx, got {args.out!r}')
+    if args.part == 'model' and cfg.default_scope != 'mmpretrain':
+        raise UsageError(
+            f'--part model is for classifiers, and {args.config!r} is of {cfg.default_scope}: '
+            'use --part backbone, or see docs/deployment.md for detectors and segmentors'
+        )
+    smallest = SMALLEST['dynamic' if args.dynamic else 'fixed']
+    if min(args.shape) < smallest or args.batch_size < 1:
+        raise UsageError(
+            f'--shape must be at least {smallest} {smallest} and --batch-size 1, '
+            f'got {args.shape} and {args.batch_size}'
+        )
+
+    model = build_model(cfg).eval()
+    if args.checkpoint:
+        checkpoint = load_checkpoint_file(args.checkpoint)
+        load_model_weights(model, checkpoint, args.checkpoint)
+    names = ['logits']
+    if args.part == 'backbone':
+        names = [f'stage{i}' for i in model.backbone.out_indices]
+    part = model.backbone if args.part == 'backbone' else Logits(model).eval()
+    batches = random_images(args.batch_size, *args.shape, args.dynamic)
+    with torch.no_grad():
+        expected = [outputs_of(part, images) for images in batches]
+        switch_to_deploy(model)
+        metadata = dict(
+            preprocessing(cfg),
+            config=Path(args.config).name,
+            weights=Path(args.checkpoint).name if args.checkpoint else 'random',
+            mmlinglo_version=mmlinglo.__version__,
+        )
+        with complete_file(out) as file:
+            shape = tuple(batches[0].shape)
+            export_onnx(part, file, shape, names, args.dynamic, args.opset, metadata)
+            errors = [relative_error(run_onnx(file, x), y) for x, y in zip(batches, expected)]
+            if not max(errors) <= TOLERANCE:
+                raise CheckpointError(
+                    f'the ONNX file differs from PyTorch by {max(errors):.1e} of its largest '
+                    f'output, more than {TOLERANCE:.0e}: nothing was written'
+                )
+    sizes = ' and '.join('x'.join(map(str, images.shape)) for images in batches)
+    print(
+        f'{out}: {args.part} with {metadata["weights"]} weights, outputs {", ".join(names)}; '
+        f'on {sizes} they differ from PyTorch by {max(errors):.1e} (relative)'
+    )
+
+
+def random_images(batch_size: int, height: int, width: int, dynamic: bool) -> List[Tensor]:
+    """The batches to compare on, the first of the size to export with; two sizes if dynamic."""
+    if not dynamic:
+        return [torch.randn(batch_size, 3, height, width)]
+    return [torch.randn(2, 3, height, width), torch.randn(1, 3, height + 45, width - 23)]
+
+
+def outputs_of(module: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
+    outputs = module(images)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+if __name__ == '__main__':
+    run(main)
