@@ -299,6 +299,7 @@ def matrix_peak_share(rounds: int) -> Bar:
 @contextmanager
 def literal_branches() -> Iterator[None]:
     """Compute all positional encodings branch by branch, as the paper writes them (Fig. 2)."""
+    # Also for the networks around them, which do what is linear in an order of their own.
     with mock.patch.object(ConditionalPositionalEncoding, 'is_linear', False):
         yield
 
@@ -389,7 +390,7 @@ def _attention_title(train_step: bool) -> str:
 
 
 def _attention_shape(shape: AttentionShape) -> str:
-    return 'B {}, N {}, C {}, {} heads'.format(*shape)
+    return 'B {}, N {}, C {}, heads {}'.format(*shape)
 
 
 def _shape(batch_size: int, shape: Tuple[int, int]) -> str:

@@ -35,7 +35,15 @@ from mmlinglo.utils.cli import UsageError, run
 
 SWEPT = ('linglo_b0', 'linglo_b0_dot_product', 'pvt_v2_b0', 'swiftformer_xs')
 COMPARED = tuple(name for name in BACKBONES if name != 'linglo_b0_dot_product')
-STATED = ('mode', 'batch_size', 'channels_last', 'rounds', 'memory_limit', 'max_seconds')
+STATED = (
+    'mode',
+    'reference',
+    'batch_size',
+    'channels_last',
+    'rounds',
+    'memory_limit',
+    'max_seconds',
+)
 SIZES = (224, 320, 448, 640, 896, 1280, 2048)
 
 
@@ -91,20 +99,27 @@ def parse_args() -> argparse.Namespace:
         default='work_dirs/analysis/benchmark_backbones',
         help='path of the files, without suffix; default: %(default)s',
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds is None:
+        args.rounds = 7 if args.bars else 5 if args.sweep else 10
+    return args
 
 
 def check_bars(args: argparse.Namespace) -> None:
     execution = Execution(threads=2 if args.threads is None else args.threads)
     rows = []
-    for bar in bars.measure_bars(execution, 7 if args.rounds is None else args.rounds):
+    for bar in bars.measure_bars(execution, args.rounds):
         rows.append(bar.row())
         print(f'{bar.what}, {bar.shape}: {bar.ratio:.3g}', file=sys.stderr)
-    source = provenance('cpu', torch.float32)
+    source = provenance('cpu', torch.float32, rounds=args.rounds)
     write_report(args.out, rows, source)
-    print(f'{source["device"]}, {source["threads"]} threads, float32\n')
+    print(f'{place(source)}, float32, eager, {args.rounds} rounds\n')
     print(format_table(rows, bars.COLUMNS))
     print(f'{args.out}.json, .csv')
+
+
+def place(source: dict) -> str:
+    return f'{source["device"]}, CPU threads: {source["threads"]}'
 
 
 def read_setting(args: argparse.Namespace) -> Setting:
@@ -124,32 +139,31 @@ def read_setting(args: argparse.Namespace) -> Setting:
 
 def measure(args: argparse.Namespace, setting: Setting) -> List[dict]:
     models = args.models or (SWEPT if args.sweep else COMPARED)
-    rounds = args.rounds if args.rounds is not None else 5 if args.sweep else 10
-    reference = args.reference or ('pvt_v2_b0' if 'pvt_v2_b0' in models else models[0])
-    if reference not in models:
-        raise ValueError(f'the reference {reference!r} must be among the models that are measured')
+    args.reference = args.reference or ('pvt_v2_b0' if 'pvt_v2_b0' in models else models[0])
+    if args.reference not in models:
+        raise ValueError(
+            f'the reference {args.reference!r} must be among the models that are measured'
+        )
     rows = []
     if args.sweep:
         limits = (args.memory_limit, args.max_seconds)
-        for row in sweep(models, args.sizes, setting, rounds, *limits):
+        for row in sweep(models, args.sizes, setting, args.rounds, *limits):
             rows.append(row)
             print(f'{row["model"]}, {row["width"]} pixels: {row["status"]}', file=sys.stderr)
     else:
         forms = ('trained',) if setting.train_step else args.forms
         variants = variants_of(models, forms, args.compile)
         memory = not args.no_memory
-        rows = measure_backbones(variants, setting, rounds, memory, args.memory_limit)
-    add_ratios(rows, reference)
+        rows = measure_backbones(variants, setting, args.rounds, memory, args.memory_limit)
+    add_ratios(rows, args.reference)
     return rows
 
 
-def title(args: argparse.Namespace, setting: Setting, place: str) -> str:
+def title(args: argparse.Namespace, setting: Setting, source: dict) -> str:
     size = '' if args.sweep else ' of {} x {}'.format(*setting.shape)
-    if args.device == 'cpu':
-        place += f', {setting.threads} thread{"s" * (setting.threads > 1)}'
     outputs = 'four feature maps' if setting.maps else 'pooled features'
     layout = ', channels-last' * setting.channels_last
-    return f'{args.mode}, batch of {setting.batch_size}{size}, {outputs}, {args.dtype}{layout}\n{place}'
+    return f'{args.mode}, batch of {setting.batch_size}{size}, {outputs}, {args.dtype}{layout}\n{place(source)}'
 
 
 def main() -> None:
@@ -171,7 +185,7 @@ def main() -> None:
     stated = {key: getattr(args, key) for key in STATED}
     source = provenance(args.device, setting.dtype, autocast=setting.autocast, **stated)
     write_report(args.out, rows, source)
-    heading = title(args, setting, source['device'])
+    heading = title(args, setting, source)
     (plot_sweep if args.sweep else plot_accuracy)(rows, heading, Path(args.out))
     print(heading.replace('\n', '; '), end='\n\n')
     print(format_table(rows, COLUMNS))

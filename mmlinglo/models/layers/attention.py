@@ -134,11 +134,16 @@ class KeyOnlyAttention(nn.Module):
 
     def _folding_pays(self, x: Tensor) -> bool:
         batch_size, num_tokens, channels = x.shape
-        if not isinstance(num_tokens, int) or not isinstance(batch_size, int):
-            return True  # a symbol: any rule would narrow the sizes that the graph accepts
         if self._is_precomputed:
-            return num_tokens > channels
-        return 3 * batch_size * num_tokens > 2 * (batch_size + 2) * channels
+            loses = num_tokens <= channels
+        else:
+            loses = 3 * batch_size * num_tokens <= 2 * (batch_size + 2) * channels
+        if torch.compiler.is_compiling():
+            from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+            # A free size must not decide: the guard would narrow the sizes that the graph accepts.
+            return not statically_known_true(loses)
+        return torch.jit.is_tracing() or not loses
 
     def _forward_literal(self, x: Tensor) -> Tensor:
         key = self.key(x)
@@ -158,7 +163,7 @@ class KeyOnlyAttention(nn.Module):
             w_value = full_precision(self.value.weight).t()
             matrix = (context.unsqueeze(1) * w_value) @ u_12 + w_key_u_2
             if self.value.bias is None:
-                bias = shift.expand(len(x), -1)
+                bias = shift.expand(x.shape[0], -1)
             else:
                 bias = shift + (context * full_precision(self.value.bias)) @ u_12
         return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, matrix.to(x.dtype))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 def autocast_off(x: Tensor) -> ContextManager:
     """Context without autocast on the device of ``x``."""
-    # Devices without autocast, such as 'meta', do not know the context either.
-    if not torch.amp.is_autocast_available(x.device.type):
+    # 'meta' has no autocast and does not know the context either; torch.amp.is_autocast_available
+    # would say so, but torch.compile cannot trace it.
+    if x.is_meta:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
