@@ -1,7 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Latency and memory of key-only and dot-product attention by input size (the paper's Fig. 4)."""
 
-import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmlinglo import LinGlo
-from mmlinglo.analysis.memory import (
-    OutOfMemoryError,
-    ProcessDiedError,
-    call_in_fresh_process,
-    peak_memory_mib,
-)
+from mmlinglo.analysis.execution import Execution, result_or_out_of_memory
+from mmlinglo.analysis.memory import peak_memory_mib
 from mmlinglo.analysis.report import with_suffix
 from mmlinglo.analysis.timing import Timing, measure
 
@@ -39,35 +34,15 @@ MIN_SIZE = 64  # pixels; at 32 the last map is one position, too little for a tr
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Execution):
     """What the points of a figure have in common.
 
     Args:
-        arch: ``arch`` of :class:`~mmlinglo.LinGlo`.
-        batch_size: Images in a batch.
-        device: Device of the measurement.
-        dtype: Data type of weights and images.
-        threads: CPU threads; None for PyTorch's default.
-        train_step: Whether to measure forward and backward of the training form,
-            rather than the forward of the re-parameterised form.
-
-    Raises:
-        ValueError: If ``batch_size`` or ``threads`` is below 1, or there is no GPU.
+        arch: ``arch`` of :class:`~mmlinglo.LinGlo`. The others are
+            :class:`~mmlinglo.analysis.execution.Execution`'s.
     """
 
     arch: Union[str, dict] = 'b0'
-    batch_size: int = 1
-    device: str = 'cpu'
-    dtype: torch.dtype = torch.float32
-    threads: Optional[int] = None
-    train_step: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in (('batch size', self.batch_size), ('threads', self.threads)):
-            if value is not None and value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        if torch.device(self.device).type == 'cuda' and not torch.cuda.is_available():
-            raise ValueError(f'device {self.device!r}: PyTorch finds no GPU here, use a CPU')
 
 
 def build_step(attention: str, size: int, setting: Setting) -> Callable[[], None]:
@@ -146,9 +121,14 @@ def measure_size(
         raise ValueError(f'rounds must be at least 2, got {rounds}')
     if limit_gib is not None and not limit_gib > 0:
         raise ValueError(f'the memory limit must be above 0 GiB, got {limit_gib}')
-    memory = {name: _memory_or_none(name, size, setting, limit_gib) for name in attentions}
+    memory = {
+        name: result_or_out_of_memory(
+            _peak_memory, name, size, setting, limit_gib, limited=limit_gib is not None
+        )
+        for name in attentions
+    }
     fitting = [name for name in attentions if memory[name] is not None]
-    timings = _timings_or_empty(fitting, size, setting, rounds)
+    timings = result_or_out_of_memory(_timings, fitting, size, setting, rounds) or {}
     return [
         dict(
             size=size,
@@ -223,44 +203,14 @@ def plot_scaling(rows: List[dict], title: str, out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
-def _memory_or_none(
-    attention: str, size: int, setting: Setting, limit_gib: Optional[float]
-) -> Optional[float]:
-    try:
-        return call_in_fresh_process(_peak_memory, attention, size, setting, limit_gib)
-    except OutOfMemoryError:
-        return None
-    except ProcessDiedError as error:
-        # Libraries that do not check their allocations crash at the limit.
-        if limit_gib is None or error.exitcode not in (-signal.SIGSEGV, -signal.SIGABRT):
-            raise
-        return None
-
-
-def _timings_or_empty(
-    attentions: List[str], size: int, setting: Setting, rounds: int
-) -> Dict[str, Timing]:
-    try:
-        return call_in_fresh_process(_timings, attentions, size, setting, rounds)
-    except OutOfMemoryError:
-        return {}
-
-
 def _peak_memory(attention: str, size: int, setting: Setting, limit_gib: Optional[float]) -> float:
-    _prepare(setting)
+    setting.prepare_process()
     build_step(attention, MIN_SIZE, setting)()
     build = partial(build_step, attention, size, setting)
     return peak_memory_mib(build, setting.device, limit_gib)
 
 
 def _timings(attentions: List[str], size: int, setting: Setting, rounds: int) -> Dict[str, Timing]:
-    _prepare(setting)
+    setting.prepare_process()
     steps = {name: build_step(name, size, setting) for name in attentions}
     return measure(steps, setting.device, rounds, warmup=1)
-
-
-def _prepare(setting: Setting) -> None:
-    if setting.threads is not None:
-        torch.set_num_threads(setting.threads)
-    # Long enough for all threads to start: their stacks are not the model's memory.
-    torch.zeros(2**24).add_(1)

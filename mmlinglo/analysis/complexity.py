@@ -55,7 +55,8 @@ ELEMENTWISE = frozenset(
     'hardtanh hardswish softplus erf sin cos'.split()
 )
 REDUCTIONS = frozenset(
-    'sum mean prod amax amin cumsum adaptive_avg_pool2d adaptive_max_pool2d'.split()
+    'sum mean prod amax amin cumsum linalg_vector_norm adaptive_avg_pool2d '
+    'adaptive_max_pool2d'.split()
 )
 SOFTMAX = frozenset('softmax safe_softmax log_softmax'.split())
 POOLING = frozenset('avg_pool2d max_pool2d_with_indices'.split())

@@ -100,6 +100,8 @@ def parse_args() -> argparse.Namespace:
         help='path of the files, without suffix; default: %(default)s',
     )
     args = parser.parse_args()
+    if args.sweep and (args.compile or args.no_memory):
+        parser.error('--sweep is eager and measures memory: leave out --compile and --no-memory')
     if args.rounds is None:
         args.rounds = 7 if args.bars else 5 if args.sweep else 10
     return args
