@@ -94,6 +94,8 @@ def test_bands_only_where_the_result_is_the_same(monkeypatch):
     with torch.no_grad():
         assert ffn._bands_pay(x)
         assert not ffn._bands_pay(x[:, :2, :2])
+        with torch.autocast('cpu'):
+            assert not ffn._bands_pay(x)
         assert not ffn._bands_pay(x.to('meta'))
         training_form = FFN(4, 8, ConditionalPositionalEncoding(8)).double().eval()
         assert not training_form._bands_pay(x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .chunking import CHUNK_ELEMENTS, PendingGradient, by_images
 from .patch_embed import LayerNorm
 from .positional_encoding import ConditionalPositionalEncoding, depthwise_conv
+from .precision import cpu_autocast_is_on
 
 
 class FFN(nn.Module):
@@ -56,7 +57,7 @@ class FFN(nn.Module):
             x.device.type == 'cpu'
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
-            and not torch.is_autocast_enabled('cpu')
+            and not cpu_autocast_is_on()
             and isinstance(self.pos_encoding, ConditionalPositionalEncoding)
             and isinstance(self.excitation, nn.Identity)
             and x[..., 0].numel() * self.fc1.out_features > CHUNK_ELEMENTS
