@@ -2,7 +2,7 @@
 """The project's performance bars, each a ratio of two measurements in one run, in float32 on the CPU."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 from unittest import mock
@@ -16,11 +16,12 @@ from mmlinglo.analysis.benchmark import make_step
 from mmlinglo.analysis.complexity import count_complexity
 from mmlinglo.analysis.execution import Execution
 from mmlinglo.analysis.memory import MIB, call_in_fresh_process, peak_memory_mib
-from mmlinglo.analysis.timing import measure
+from mmlinglo.analysis.timing import Timing, measure
 from mmlinglo.models.layers import ConditionalPositionalEncoding, KeyOnlyAttention
 
 Step = Callable[[], object]
 AttentionShape = Tuple[int, int, int, int]  # batch, positions, channels, heads
+Pair = Tuple[float, float]  # ours, theirs
 
 # How many times faster than the literal order: forward, and forward + backward.
 ATTENTION_BARS = (
@@ -111,6 +112,9 @@ class Bar:
 def measure_bars(execution: Execution, rounds: int = 7) -> Iterator[Bar]:
     """Measure all bars, group by group.
 
+    Whole networks are measured in fresh processes: what malloc does with large
+    blocks depends on those before, and the time of those who need them on that.
+
     Args:
         execution: Its threads count; the rest is set by the bars.
         rounds: Rounds of timing for each pair, at least 2.
@@ -127,14 +131,14 @@ def measure_bars(execution: Execution, rounds: int = 7) -> Iterator[Bar]:
     yield from attention_speed(rounds)
     yield from attention_never_slower(rounds)
     yield from attention_memory(execution)
-    yield from positional_encoding(rounds)
-    yield from peers(rounds)
-    yield from training_step(rounds)
+    yield from positional_encoding(execution, rounds)
+    yield from peers(execution, rounds)
+    yield from training_step(execution, rounds)
     yield matrix_peak_share(rounds)
 
 
 def attention_speed(rounds: int) -> Iterator[Bar]:
-    """One key-only attention layer against its literal order (Eq. 2-4)."""
+    """One key-only attention layer against its literal order (Eq. 2-4): deployed, and in training."""
     for shape, forward, both in ATTENTION_BARS:
         for train_step, at_least in ((False, forward), (True, both)):
             ours, theirs = _attention_times(shape, train_step, rounds)
@@ -213,22 +217,29 @@ def attention_memory(execution: Execution) -> Iterator[Bar]:
         )
 
 
-def positional_encoding(rounds: int) -> Iterator[Bar]:
+def positional_encoding(execution: Execution, rounds: int) -> Iterator[Bar]:
     """Training of LinGlo-b0 with RP-CPE as one convolution against its four branches."""
-    batch_size, shape = 16, CLASSIFICATION
+    times, kept = call_in_fresh_process(_encoding_costs, execution, rounds)
+    what, where = (
+        'LinGlo-b0, RP-CPE as one convolution against four branches',
+        _shape(16, CLASSIFICATION),
+    )
+    yield Bar(f'{what}, forward + backward', where, 'ms', *times, at_most=0.45)
+    yield Bar(f'{what}, kept for the backward', where, 'MiB', *kept, at_most=0.5)
+
+
+def _encoding_costs(execution: Execution, rounds: int) -> Tuple[Pair, Pair]:
+    execution.prepare_process()
     model = PooledBackbone(LinGlo('b0', out_indices=-1)).train()
-    images = torch.randn(batch_size, 3, *shape)
+    images = torch.randn(16, 3, *CLASSIFICATION)
     step = make_step(model, images, train_step=True)
-    ours, theirs = _times(step, _in_context(step, literal_branches), rounds)
-    what, where = 'LinGlo-b0, RP-CPE as one convolution against four branches', _shape(16, shape)
-    yield Bar(f'{what}, forward + backward', where, 'ms', ours, theirs, at_most=0.45)
+    times = _times(step, _in_context(step, literal_branches), rounds)
     forward = partial(model, images)
-    ours_mib = saved_mib(forward, model.parameters())
-    theirs_mib = saved_mib(_in_context(forward, literal_branches), model.parameters())
-    yield Bar(f'{what}, kept for the backward', where, 'MiB', ours_mib, theirs_mib, at_most=0.5)
+    steps = (forward, _in_context(forward, literal_branches))
+    return times, tuple(saved_mib(step, model.parameters()) for step in steps)
 
 
-def peers(rounds: int) -> Iterator[Bar]:
+def peers(execution: Execution, rounds: int) -> Iterator[Bar]:
     """Deployed LinGlo against timm's PVTv2 and ConvNeXt."""
     for shape, batch_size in ((CLASSIFICATION, 8), (DETECTION, 1)):
         bars = [
@@ -237,17 +248,9 @@ def peers(rounds: int) -> Iterator[Bar]:
         ]
         if shape == CLASSIFICATION:
             bars.append(('linglo_b2', 'convnext_tiny', 1.25))
-        images = torch.randn(batch_size, 3, *shape)
         names = dict.fromkeys(name for pair in bars for name in pair[:2])
-        steps = {
-            name: make_step(
-                build_backbone(name, shape, shape == DETECTION, BACKBONES[name].fusion is not None),
-                images,
-                train_step=False,
-            )
-            for name in names
-        }
-        times = measure(steps, rounds=rounds, warmup=1)
+        setting = replace(execution, batch_size=batch_size)
+        times = call_in_fresh_process(_peer_times, list(names), shape, setting, rounds)
         for ours, theirs, at_most in bars:
             yield Bar(
                 f'{BACKBONES[ours].label} deployed against {BACKBONES[theirs].label}, '
@@ -260,20 +263,41 @@ def peers(rounds: int) -> Iterator[Bar]:
             )
 
 
-def training_step(rounds: int) -> Iterator[Bar]:
+def _peer_times(
+    names: List[str], shape: Tuple[int, int], execution: Execution, rounds: int
+) -> Dict[str, Timing]:
+    execution.prepare_process()
+    images = torch.randn(execution.batch_size, 3, *shape)
+    steps = {
+        name: make_step(
+            build_backbone(name, shape, shape == DETECTION, BACKBONES[name].fusion is not None),
+            images,
+            train_step=False,
+        )
+        for name in names
+    }
+    return measure(steps, rounds=rounds, warmup=1)
+
+
+def training_step(execution: Execution, rounds: int) -> Iterator[Bar]:
     """Forward and backward of LinGlo-b0 against PVTv2-B0's."""
+    yield Bar(
+        'LinGlo-b0 against PVTv2-B0, forward + backward',
+        _shape(16, CLASSIFICATION),
+        'ms',
+        *call_in_fresh_process(_training_times, execution, rounds),
+        at_most=1.3,
+    )
+
+
+def _training_times(execution: Execution, rounds: int) -> Pair:
+    execution.prepare_process()
     images = torch.randn(16, 3, *CLASSIFICATION)
     steps = [
         make_step(build_backbone(name, CLASSIFICATION).train(), images, train_step=True)
         for name in ('linglo_b0', 'pvt_v2_b0')
     ]
-    yield Bar(
-        'LinGlo-b0 against PVTv2-B0, forward + backward',
-        _shape(16, CLASSIFICATION),
-        'ms',
-        *_times(*steps, rounds),
-        at_most=1.3,
-    )
+    return _times(*steps, rounds)
 
 
 def matrix_peak_share(rounds: int) -> Bar:
@@ -351,8 +375,10 @@ def _attention_step(attn: KeyOnlyAttention, order: str, x: Tensor, train_step: b
     return train if train_step else infer
 
 
-def _attention_times(shape: AttentionShape, train_step: bool, rounds: int) -> Tuple[float, float]:
+def _attention_times(shape: AttentionShape, train_step: bool, rounds: int) -> Pair:
     attn, x = _attention(shape)
+    if not train_step:
+        attn.eval().switch_to_deploy()
     steps = (
         _attention_step(attn, order, x, train_step) for order in ('forward', '_forward_literal')
     )
@@ -370,7 +396,7 @@ def _attention_peak(order: str, shape: AttentionShape, execution: Execution) -> 
     return peak_memory_mib(build, 'cpu')
 
 
-def _times(ours: Step, theirs: Step, rounds: int) -> Tuple[float, float]:
+def _times(ours: Step, theirs: Step, rounds: int) -> Pair:
     """Medians in milliseconds."""
     times = measure(dict(ours=ours, theirs=theirs), rounds=rounds, warmup=2)
     return 1e3 * times['ours'].median, 1e3 * times['theirs'].median
@@ -385,7 +411,7 @@ def _in_context(step: Step, context: Callable[[], object]) -> Step:
 
 
 def _attention_title(train_step: bool) -> str:
-    passes = 'forward + backward' if train_step else 'forward'
+    passes = 'forward + backward' if train_step else 'deployed, forward'
     return f'attention layer against its literal order, {passes}'
 
 

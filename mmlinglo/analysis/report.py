@@ -28,8 +28,9 @@ def provenance(device: Union[str, torch.device], dtype: torch.dtype, **more: Any
         more: Further entries, such as the batch size.
 
     Returns:
-        Command, date, device, threads, data type, versions of the packages
-        imported so far, and the git commit ('unknown' outside a checkout,
+        Command, date, device, threads, data type, settings of glibc's malloc
+        (environment variables), versions of the packages imported so far, and
+        the git commit ('unknown' outside a checkout,
         with '-dirty' when tracked files are changed).
     """
     versions = {'python': platform.python_version(), 'mmlinglo': mmlinglo.__version__}
@@ -42,6 +43,7 @@ def provenance(device: Union[str, torch.device], dtype: torch.dtype, **more: Any
         device=device_name(device),
         threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix('torch.'),
+        malloc={name: value for name, value in os.environ.items() if name.startswith('MALLOC_')},
         commit=git_commit(),
         versions=versions,
         **more,

@@ -5,6 +5,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import randomize_norms_
 from reference import rp_cpe
 from torch.testing import assert_close
@@ -269,3 +270,13 @@ def test_channels_last_stays_channels_last():
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
     encoding = ConditionalPositionalEncoding(8)
     assert encoding(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_pruned_branches_are_computed_one_by_one():
+    """Pruning makes the weight anew before each call, so somebody must call the branch."""
+    encoding = ConditionalPositionalEncoding(4, skip=False).eval()
+    x = torch.randn(1, 4, 5, 5)
+    for branch in encoding.branches:
+        torch.nn.utils.prune.random_unstructured(branch.conv, 'weight', 0.5)
+        branch.conv.weight_mask.zero_()
+    assert not encoding(x).any()

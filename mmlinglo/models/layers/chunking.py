@@ -4,6 +4,7 @@
 from typing import Callable, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,62 +26,71 @@ class PendingGradient:
     chunks: Optional[List[Tensor]] = None
 
 
-def by_images(
+def linear_by_images(
     function: Callable[..., Tensor],
     x: Tensor,
     *tensors: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     pending: Optional[PendingGradient] = None,
 ) -> Tensor:
-    """``function(x, *tensors)`` in chunks of images, with nothing kept but the arguments.
+    """``F.linear(function(x, *tensors), weight, bias)`` in chunks of images, with only the arguments kept.
 
-    What the backward pass needs besides is computed again, chunk by chunk.
+    The backward pass calls ``function`` again, chunk by chunk.
 
     Args:
         function: Treats each image by itself.
         x: Map, (B, ...).
         tensors: Further arguments, the same for all images.
+        weight: Of the linear layer, (C', C).
+        bias: Of the linear layer, (C',).
         pending: Where to leave the gradient of ``x`` for the backward pass of
             something else that reads ``x`` and on which one of ``tensors``
             depends, so that it comes later. None to return it as usual.
 
     Returns:
-        The result, (B, ...), differentiable once.
+        The result, (B, ..., C'), differentiable once.
     """
-    return _ByImages.apply(function, pending, x, *tensors)
+    return _LinearByImages.apply(function, pending, x, weight, bias, *tensors)
 
 
-class _ByImages(torch.autograd.Function):
+class _LinearByImages(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: ANN205
         ctx,  # noqa: ANN001
         function: Callable[..., Tensor],
         pending: Optional[PendingGradient],
         x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
         *tensors: Tensor,
     ):
         ctx.function, ctx.pending = function, pending
-        ctx.save_for_backward(x, *tensors)
-        return torch.cat([function(x[chunk], *tensors) for chunk in image_chunks(x)])
+        ctx.save_for_backward(x, weight, *tensors)
+        return torch.cat(
+            [F.linear(function(x[chunk], *tensors), weight, bias) for chunk in image_chunks(x)]
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:  # noqa: ANN001
-        x, *tensors = (tensor.detach() for tensor in ctx.saved_tensors)
+        x, weight, *tensors = (tensor.detach() for tensor in ctx.saved_tensors)
         for tensor in tensors:
             tensor.requires_grad_()
-        grads_x, totals = [], None
+        grads_x, grads = [], [torch.zeros_like(tensor) for tensor in (weight, *tensors)]
         for chunk in image_chunks(x):
             with torch.enable_grad():
                 part = x[chunk].requires_grad_()
                 out = ctx.function(part, *tensors)
-            grad_x, *grads = torch.autograd.grad(out, (part, *tensors), grad[chunk])
+            grad_out = grad[chunk]
+            grad_x, *news = torch.autograd.grad(out, (part, *tensors), grad_out @ weight)
             grads_x.append(grad_x)
-            if totals is None:
-                totals = grads
-            else:
-                for total, new in zip(totals, grads):
-                    total += new
+            grads[0].addmm_(grad_out.flatten(0, -2).t(), out.detach().flatten(0, -2))
+            for total, new in zip(grads[1:], news):
+                total += new
+        grad_weight, *grads = grads
+        grads = (grad_weight, grad.flatten(0, -2).sum(0), *grads)
         if ctx.pending is None:
-            return None, None, torch.cat(grads_x), *totals
+            return None, None, torch.cat(grads_x), *grads
         ctx.pending.chunks = grads_x
-        return None, None, None, *totals
+        return None, None, None, *grads

@@ -44,7 +44,7 @@ def patch_moments(x: Tensor, pending: Optional[PendingGradient] = None) -> Tuple
     Args:
         x: Maps, (B, C, H, W), channels-last ones without a copy in that layout.
         pending: Where another reader of ``x``, which depends on the moments,
-            leaves its gradient of ``x`` as (B, H, W, C); see :func:`by_images`.
+            leaves its gradient of ``x`` as (B, H, W, C); see :func:`linear_by_images`.
             ``x`` is then in float32 or wider.
 
     Returns:

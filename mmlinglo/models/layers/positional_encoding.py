@@ -117,9 +117,14 @@ class ConditionalPositionalEncoding(nn.Module):
 
     @property
     def is_linear(self) -> bool:
-        """Whether :meth:`kernel_and_bias` can be had: from batch norms which all take the same statistics."""
+        """Whether :meth:`kernel_and_bias` can be had: from batch norms which all take the same statistics.
+
+        Not where hooks are to see the branches, or change them.
+        """
         if self.deploy:
             return True
+        if has_hooks(self.branches):
+            return False
         norms = [branch.norm for branch in self.branches if branch.with_norm]
         if len(norms) < len(self.branches) or type(norms[0]) not in BATCH_NORMS:
             return False
@@ -247,6 +252,17 @@ class ConditionalPositionalEncoding(nn.Module):
 def depthwise_conv(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """Depth-wise convolution of (B, C, H, W) by kernels (C, 1, 3, 3), same size out."""
     return F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module, or of one in it, does or shows more than its forward: hooks, pruning."""
+    return any(
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+        for child in module.modules()
+    )
 
 
 def _uses_batch(norm: _BatchNorm) -> bool:
