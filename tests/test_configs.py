@@ -1,17 +1,22 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Every config loads, builds and takes a loss step; the paper's recipes have the paper's values."""
+"""Every config loads, builds, takes a loss step and predicts; recipes have the values of their sources."""
 
 import math
+import re
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_ARCH
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 
+from mmlinglo import LinGlo
+from mmlinglo.utils.cli import load_config
 from mmlinglo.utils.deploy import build_model
 
 CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py') if '_base_' not in p.parts)
@@ -33,6 +38,28 @@ def load(task: str, size: str) -> Config:
     return Config.fromfile(ROOT / 'configs' / task / f'{name}.py')
 
 
+def leaf(name: str) -> Config:
+    return Config.fromfile(next(path for path in CONFIGS if path.stem == name))
+
+
+def toolbox_config(package: str, path: str) -> Config:
+    """A config that the installed toolbox ships, without `backend_args`."""
+    folder = Path(import_module(package).__file__).parent / '.mim/configs'
+    return without_backend_args(Config.fromfile(folder / path))
+
+
+def without_backend_args(cfg):
+    """Drop `backend_args=None`, which the toolboxes' pipelines state everywhere."""
+    if isinstance(cfg, Config):
+        return Config(without_backend_args(cfg.to_dict()))
+    if isinstance(cfg, dict):
+        items = ((k, without_backend_args(v)) for k, v in cfg.items())
+        return {k: v for k, v in items if k != 'backend_args'}
+    if isinstance(cfg, (list, tuple)):
+        return type(cfg)(without_backend_args(v) for v in cfg)
+    return cfg
+
+
 def inputs_for(cfg: Config, model, size: int = 64) -> dict:
     """A batch of two images with labels, as the data preprocessor gets it."""
     images = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(2)]
@@ -50,6 +77,12 @@ def inputs_for(cfg: Config, model, size: int = 64) -> dict:
         for i in range(2):
             sample = DetDataSample(metainfo={**shape, 'pad_shape': (size, size)})
             sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([i]))
+            if model.with_mask:
+                from mmdet.structures.mask import BitmapMasks
+
+                mask = np.zeros((1, size, size), dtype=np.uint8)
+                mask[:, 4:40, 4:40] = 1
+                sample.gt_instances.masks = BitmapMasks(mask, size, size)
             samples.append(sample)
         return dict(inputs=images, data_samples=samples)
     from mmseg.structures import SegDataSample
@@ -63,20 +96,39 @@ def inputs_for(cfg: Config, model, size: int = 64) -> dict:
     return dict(inputs=images, data_samples=samples)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=config_id)
-def test_builds_and_takes_a_loss_step(path):
-    cfg = Config.fromfile(path)
+def make_small(cfg: Config) -> None:
+    """Let a test afford the model: small crops, few proposals, whose heads cost most of all."""
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (64, 64)
+    if 'roi_head' in cfg.model:
+        train_cfg, test_cfg = cfg.model.train_cfg, cfg.model.test_cfg
+        train_cfg.rpn_proposal.max_per_img = test_cfg.rpn.max_per_img = 8
+        for rcnn in train_cfg.rcnn if isinstance(train_cfg.rcnn, list) else [train_cfg.rcnn]:
+            rcnn.sampler.num = 8
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=config_id)
+def test_builds_takes_a_loss_step_and_predicts(path):
+    cfg = Config.fromfile(path)
+    make_small(cfg)
+    mixed_precision = cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    if mixed_precision:
+        cfg.optim_wrapper.type = 'OptimWrapper'  # the other one refuses to be built without a GPU
     model = build_model(cfg).train()
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     if cfg.default_scope != 'mmpretrain':
-        neck = cfg.model.neck
-        assert neck.in_channels == [
-            model.backbone.arch['embed_dims'][i] for i in model.backbone.out_indices
-        ]
+        embed_dims = model.backbone.arch['embed_dims']
+        channels = [embed_dims[i] for i in model.backbone.out_indices]
+        first = cfg.model.neck if 'neck' in cfg.model else cfg.model.decode_head
+        assert first.in_channels == channels
+        if 'auxiliary_head' in cfg.model:
+            auxiliary = cfg.model.auxiliary_head
+            assert auxiliary.in_channels == channels[auxiliary.in_index]
     data = model.data_preprocessor(inputs_for(cfg, model), training=True)
-    losses = model(**data, mode='loss')
+    # On a CPU, mmcv's NMS of the proposals takes float32 only.
+    autocast = mixed_precision and 'roi_head' not in cfg.model
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+        losses = model(**data, mode='loss')
     loss, _ = model.parse_losses(losses)
     assert loss.isfinite()
     optim_wrapper.backward(loss)
@@ -87,7 +139,10 @@ def test_builds_and_takes_a_loss_step(path):
     model.eval()
     with torch.no_grad():
         data = model.data_preprocessor(inputs_for(cfg, model), training=False)
-        assert len(model(**data, mode='predict')) == 2
+        predictions = model(**data, mode='predict')
+    assert len(predictions) == 2
+    if 'roi_head' in cfg.model:
+        assert all(('masks' in p.pred_instances) == model.with_mask for p in predictions)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=config_id)
@@ -98,7 +153,7 @@ def test_common_settings(path):
     assert cfg.auto_scale_lr.enable is False
     if path.stem.startswith(PEERS):
         return
-    assert cfg.model.backbone.type == 'mmlinglo.LinGlo'
+    assert cfg.model.backbone.type in ('mmlinglo.LinGlo', LinGlo)
     arch = cfg.model.backbone.arch
     assert isinstance(arch, dict) or arch in cfg.filename
 
@@ -302,10 +357,8 @@ def test_coco_schedule():
 
 def test_coco_matches_mmdet_where_the_paper_says_so():
     """Anchors, losses, assigner and test settings are `retinanet_r50_fpn`'s."""
-    import mmdet
-
-    base = Path(mmdet.__file__).parent / '.mim/configs/_base_/models/retinanet_r50_fpn.py'
-    theirs, ours = Config.fromfile(base).model, load('coco', 'b0').model
+    theirs = toolbox_config('mmdet', '_base_/models/retinanet_r50_fpn.py').model
+    ours = load('coco', 'b0').model
     del ours.bbox_head['init_cfg']
     for key in ('bbox_head', 'train_cfg', 'test_cfg', 'data_preprocessor'):
         assert ours[key] == theirs[key], key
@@ -360,3 +413,194 @@ def test_new_layers_start_from_xavier(task):
     if task == 'coco':
         prior = torch.sigmoid(model.bbox_head.retina_cls.bias)
         torch.testing.assert_close(prior, torch.full_like(prior, 0.01))
+
+
+CASCADE = 'cascade-mask-rcnn_linglo-b2_fpn_4conv1fc-giou_ms-crop-3x_coco'
+MMDET_SOURCES = {  # files that have the same heads, data and schedule
+    'faster-rcnn_linglo-b0_fpn_1x_coco': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'mask-rcnn_linglo-b0_fpn_1x_coco': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    CASCADE: 'convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py',
+}
+
+
+@pytest.mark.parametrize('name', MMDET_SOURCES)
+def test_two_stage_detectors_match_mmdet(name):
+    theirs, ours = toolbox_config('mmdet', MMDET_SOURCES[name]), leaf(name)
+    if name == CASCADE:
+        for head in theirs.model.roi_head.bbox_head:
+            assert head.norm_cfg.type == 'SyncBN'
+            head.norm_cfg.type = 'BN'  # which `sync_bn` makes a SyncBN
+    assert set(ours.model) == set(theirs.model)
+    for key in set(ours.model) - {'backbone', 'neck'}:
+        assert ours.model[key] == theirs.model[key], key
+    assert {**ours.model.neck, 'in_channels': theirs.model.neck.in_channels} == theirs.model.neck
+    for split in ('train', 'val', 'test'):
+        assert ours[f'{split}_dataloader'] == theirs[f'{split}_dataloader'], split
+    assert ours.test_evaluator == ours.val_evaluator == theirs.val_evaluator
+    assert ours.train_cfg == theirs.train_cfg
+    assert ours.param_scheduler[1] == theirs.param_scheduler[1]
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_two_stage_recipes(size):
+    """PVT's published `mask_rcnn_pvt_v2_*` and `cascade_mask_rcnn_pvt_v2_b2_fpn_3x_mstrain_fp16`."""
+    for name in (f'faster-rcnn_linglo-{size}_fpn_1x_coco', f'mask-rcnn_linglo-{size}_fpn_1x_coco'):
+        cfg = leaf(name)
+        assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=2e-4, weight_decay=1e-4)
+        assert cfg.model.neck.in_channels == EMBED_DIMS[size]
+        checkpoint = f'work_dirs/linglo-{size}_8xb128_in1k/epoch_300.pth'
+        assert cfg.model.backbone.init_cfg.checkpoint == checkpoint
+    assert cfg.param_scheduler == load('coco', size).param_scheduler
+
+
+def test_cascade_schedule():
+    cfg = leaf(CASCADE)
+    assert cfg.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
+    )
+    rates = learning_rates(cfg, steps=3600, epoch_length=100)
+    for step, rate in ((600, 1e-4), (2650, 1e-4), (2750, 1e-5), (3350, 1e-6)):
+        assert rates[step] == pytest.approx(rate)
+
+
+MMSEG_SOURCES = {
+    'upernet_linglo-b1_8xb2-160k_ade20k-512x512': (
+        'swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+    ),
+    'segformer_linglo-b1_8xb2-160k_ade20k-512x512': (
+        'segformer/segformer_mit-b1_8xb2-160k_ade20k-512x512.py'
+    ),
+}
+
+
+@pytest.mark.parametrize('name', MMSEG_SOURCES)
+def test_ade20k_160k_recipes_match_mmseg(name):
+    theirs, ours = toolbox_config('mmseg', MMSEG_SOURCES[name]), leaf(name)
+    for key in {'decode_head', 'auxiliary_head'} & {*ours.model, *theirs.model}:
+        head = theirs.model[key]
+        head.norm_cfg.type = 'BN'  # which `sync_bn` makes a SyncBN
+        head.in_channels = ours.model[key].in_channels
+        assert ours.model[key] == head
+    assert 'neck' not in ours.model
+    assert ours.model.test_cfg == theirs.model.test_cfg
+    assert ours.optim_wrapper.optimizer == theirs.optim_wrapper.optimizer
+    assert ours.param_scheduler == theirs.param_scheduler
+    assert ours.train_cfg == theirs.train_cfg
+    assert ours.train_dataloader.batch_size == theirs.train_dataloader.batch_size
+    assert ours.train_dataloader.batch_size * 8 == ours.auto_scale_lr.base_batch_size
+
+
+def test_rates_and_weight_decay_of_the_160k_recipes():
+    """No weight decay on the backbone's norms, ten times the rate in the all-MLP head."""
+    cfg = leaf('segformer_linglo-b0_8xb2-160k_ade20k-512x512')
+    model = build_model(cfg)
+    names = {id(p): name for name, p in model.named_parameters()}
+    norms = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d))
+        for p in module.parameters()
+    }
+    for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
+        for parameter in group['params']:
+            in_head = names[id(parameter)].startswith('decode_head.')
+            assert group['lr'] == pytest.approx(6e-4 if in_head else 6e-5)
+            spared = id(parameter) in norms and not in_head
+            assert group['weight_decay'] == (0 if spared else 0.01)
+
+
+@pytest.mark.parametrize('size', ['b1', 'b2'])
+def test_fine_tuning_recipe(size):
+    """The 224 px recipe with Swin's published schedule of fine-tuning at 384 px."""
+    cfg, recipe = leaf(f'linglo-{size}_in1k-pre_8xb64-30e_in1k-384px'), load('imagenet', size)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert optimizer == {**recipe.optim_wrapper.optimizer, 'lr': 2e-5, 'weight_decay': 1e-8}
+    assert cfg.optim_wrapper.paramwise_cfg == recipe.optim_wrapper.paramwise_cfg
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 512
+    assert cfg.train_dataloader.sampler == recipe.train_dataloader.sampler
+    train = recipe.train_dataloader.dataset.pipeline
+    train[1].scale = 384
+    assert cfg.train_dataloader.dataset.pipeline == train
+    assert [step.type for step in cfg.test_dataloader.dataset.pipeline] == [
+        'LoadImageFromFile',
+        'Resize',
+        'PackInputs',
+    ]
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == 384
+    rates = learning_rates(cfg, steps=300, epoch_length=10)
+    assert rates[0] == pytest.approx(2e-8)
+    assert max(rates) == pytest.approx(2e-5)
+    middle = 2e-7 + (2e-5 - 2e-7) * (1 + math.cos(math.pi * 0.5)) / 2
+    assert rates[175] == pytest.approx(middle, rel=0.02)
+    assert rates[-1] == pytest.approx(2e-7, rel=0.1)
+
+
+def test_fine_tuning_starts_from_the_whole_classifier(tmp_path):
+    def small(cfg: Config) -> Config:
+        cfg.model.backbone.arch = TINY_ARCH
+        cfg.model.head.in_channels = TINY_ARCH['embed_dims'][-1]
+        return cfg
+
+    source = build_model(small(load('imagenet', 'b2')))
+    source.init_weights()
+    checkpoint = str(tmp_path / 'epoch_300.pth')
+    torch.save(dict(state_dict=source.state_dict()), checkpoint)
+    cfg = small(leaf('linglo-b2_in1k-pre_8xb64-30e_in1k-384px'))
+    pretrained = load('coco', 'b2').model.backbone.init_cfg
+    assert cfg.model.backbone.init_cfg == pretrained
+    assert cfg.model.head.init_cfg == {**pretrained, 'prefix': 'head.'}
+    for part in (cfg.model.backbone, cfg.model.head):
+        part.init_cfg.checkpoint = checkpoint
+    model = build_model(cfg)
+    model.init_weights()
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def settings(cfg):
+    """All settings of a config; types are names, in text configs as in pure Python ones."""
+    if isinstance(cfg, (Config, dict)):
+        items = ((key, settings(value)) for key, value in cfg.items())
+        return {k: v.split('.')[-1] if k == 'type' and isinstance(v, str) else v for k, v in items}
+    if isinstance(cfg, (list, tuple)):
+        return type(cfg)(settings(value) for value in cfg)
+    return cfg.__name__ if isinstance(cfg, type) else cfg
+
+
+AMP = [path for path in CONFIGS if re.search('[_-]amp[_-]', path.stem)]
+
+
+@pytest.mark.parametrize('path', AMP, ids=config_id)
+def test_mixed_precision_is_all_that_an_amp_recipe_changes(path):
+    cfg = Config.fromfile(path)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    assert settings(cfg) == settings(leaf(re.sub('amp-|-amp', '', path.stem)))
+
+
+def test_the_papers_recipes_have_amp_variants():
+    assert (
+        len({path.parent.name + size for path in AMP for size in SIZES if size in path.stem}) == 9
+    )
+
+
+def test_gradient_checkpointing_is_all_that_the_cp_recipe_changes():
+    cfg, plain = (leaf(f'retinanet_linglo-b2_fpn_{x}1x_coco') for x in ('cp-', ''))
+    assert cfg.model.backbone.pop('with_cp') is True
+    assert settings(cfg) == settings(plain)
+
+
+def test_pure_python_config():
+    """It says what the text config says, and takes what the tools do to a config."""
+    path = ROOT / 'configs/coco/retinanet_linglo_b1_fpn_1x_coco_pure_python.py'
+    text = load('coco', 'b1')
+    cfg = load_config(str(path))
+    assert cfg.model.backbone.type is LinGlo
+    ours = settings(cfg)
+    for key, value in settings(text).items():
+        assert ours[key] == value, key
+    names = [name for name, _ in build_model(text).named_parameters()]
+    assert [name for name, _ in build_model(cfg).named_parameters()] == names
+    changed = load_config(str(path), {'model.backbone.arch': 'b0', 'train_cfg.max_epochs': 2})
+    assert changed.model.backbone == {**cfg.model.backbone, 'arch': 'b0'}
+    assert changed.train_cfg.max_epochs == 2
