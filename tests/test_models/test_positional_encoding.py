@@ -280,3 +280,11 @@ def test_pruned_branches_are_computed_one_by_one():
         torch.nn.utils.prune.random_unstructured(branch.conv, 'weight', 0.5)
         branch.conv.weight_mask.zero_()
     assert not encoding(x).any()
+
+
+@pytest.mark.parametrize('norm', ['BN', 'SyncBN', 'torch.nn.SyncBatchNorm'])
+def test_every_batch_norm_of_a_config_is_computed_as_one_convolution(norm):
+    encoding = ConditionalPositionalEncoding(4, norm_cfg=dict(type=norm)).eval()
+    assert encoding.is_linear
+    x = torch.randn(2, 4, 5, 6)
+    assert_close(encoding(x), encoding._forward_branches(x))

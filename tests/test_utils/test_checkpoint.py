@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import TINY_ARCH, randomize_norms_
 from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.model import PretrainedInit
 
 from mmlinglo import LinGlo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
@@ -147,3 +148,13 @@ def test_whole_models_are_strict():
     del weights['extra']
     load_model_weights(model, {'state_dict': weights}, 'file')
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_the_class_as_type_is_as_strict(tmp_path):
+    """As pure Python configs write it; mmengine's own loader would only warn."""
+    weights = classifier_weights(source_backbone())
+    del weights['backbone.stages.0.blocks.0.attn.saliency']
+    torch.save(weights, tmp_path / 'cls.pth')
+    init_cfg = dict(type=PretrainedInit, checkpoint=str(tmp_path / 'cls.pth'), prefix='backbone.')
+    with pytest.raises(CheckpointError, match='saliency'):
+        LinGlo(arch=TINY_ARCH, init_cfg=init_cfg).init_weights()

@@ -3,7 +3,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from mmengine.model import BaseModule, constant_init, normal_init, trunc_normal_init
+from mmengine.model import (
+    BaseModule,
+    PretrainedInit,
+    constant_init,
+    normal_init,
+    trunc_normal_init,
+)
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -319,8 +325,9 @@ class LinGlo(BaseModule):
         for module in self.modules():
             _init_layer(module)
         init_cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
-        pretrained = [cfg for cfg in init_cfgs if cfg['type'] == 'Pretrained']
-        others = [cfg for cfg in init_cfgs if cfg['type'] != 'Pretrained']
+        strict = ('Pretrained', PretrainedInit)  # the class in pure Python configs
+        pretrained = [cfg for cfg in init_cfgs if cfg['type'] in strict]
+        others = [cfg for cfg in init_cfgs if cfg['type'] not in strict]
         if others:
             self.init_cfg = others
             super().init_weights()
