@@ -7,7 +7,25 @@ to say ``type='LinGlo'``. It needs torch, mmengine and the Python part of mmcv;
 none of the toolboxes and no compiled operator.
 """
 
-from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo
+import sys
+
 from mmlinglo.version import __version__
 
-__all__ = ['ConditionalPositionalEncoding', 'KeyOnlyAttention', 'LinGlo', '__version__']
+try:
+    from mmlinglo.hub import get_config, get_model, list_models, register_in_mmpretrain
+    from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo
+except Exception:
+    if sys.argv[:1] != ['-m']:  # `python -m mmlinglo.check_env` must be able to say what is wrong
+        raise
+else:
+    register_in_mmpretrain()
+
+__all__ = [
+    'ConditionalPositionalEncoding',
+    'KeyOnlyAttention',
+    'LinGlo',
+    '__version__',
+    'get_config',
+    'get_model',
+    'list_models',
+]

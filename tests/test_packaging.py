@@ -4,42 +4,11 @@ import sys
 import zipfile
 
 import pytest
-import yaml
 from conftest import ROOT
 from mmengine.config import Config
+from test_metafiles import MODELS
 
-from mmlinglo import __version__
-from mmlinglo.utils.deploy import build_model
-
-METAFILES = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
-MODELS = [m for f in METAFILES for m in yaml.safe_load((ROOT / f).read_text())['Models']]
-
-
-@pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
-def test_metafile_numbers_are_recomputed(model):
-    cfg = Config.fromfile(ROOT / model['Config'])
-    assert cfg.filename.endswith(f'/{model["Name"]}.py')
-    metadata = model['Metadata']
-    for key, deploy in (('Parameters', False), ('Parameters (deployed)', True)):
-        cfg.model.backbone.deploy = deploy
-        assert sum(p.numel() for p in build_model(cfg).parameters()) == metadata[key]
-
-
-def test_every_recipe_is_in_the_index():
-    recipes = {
-        path.stem
-        for task in ('imagenet', 'coco', 'ade20k')
-        for path in (ROOT / 'configs' / task).glob('*.py')
-    }
-    assert recipes == {model['Name'] for model in MODELS}
-
-
-def test_mmpretrain_reads_the_index():
-    from mmpretrain.apis.model import ModelHub
-
-    ModelHub.register_model_index(ROOT / 'model-index.yml', config_prefix=ROOT)
-    assert ModelHub.has('linglo-b1_8xb128_in1k')
-    assert ModelHub.get('linglo-b1_8xb128_in1k').config.model.backbone.arch == 'b1'
+from mmlinglo import LinGlo, __version__
 
 
 @pytest.mark.slow
@@ -56,8 +25,12 @@ def test_wheel_holds_configs_and_tools_for_mim(tmp_path):
     assert (mim / 'tools/train.py').is_file()
     assert (mim / 'tools/dist_train.sh').is_file()
     for model in MODELS:
-        assert Config.fromfile(mim / model['Config']).model.backbone.type == 'mmlinglo.LinGlo'
-    code = 'import mmlinglo; print(mmlinglo.__file__, len(mmlinglo.LinGlo("b0").stages))'
+        backbone = Config.fromfile(mim / model['Config']).model.backbone
+        assert backbone.type in ('mmlinglo.LinGlo', LinGlo)  # a class in pure Python configs
+    code = (
+        'import mmlinglo as m; config = m.get_config("linglo-b1_8xb128_in1k");'
+        'print(m.__file__, len(m.LinGlo("b0").stages), config.filename, len(m.list_models()))'
+    )
     result = subprocess.run(
         [sys.executable, '-c', code],
         env={'PYTHONPATH': str(tmp_path / 'site')},
@@ -66,4 +39,6 @@ def test_wheel_holds_configs_and_tools_for_mim(tmp_path):
         check=True,
         cwd=tmp_path,
     )
-    assert result.stdout.split() == [str(tmp_path / 'site/mmlinglo/__init__.py'), '4']
+    config = mim / 'configs/imagenet/linglo-b1_8xb128_in1k.py'
+    expected = [tmp_path / 'site/mmlinglo/__init__.py', 4, config, len(MODELS)]
+    assert result.stdout.split() == [str(item) for item in expected]

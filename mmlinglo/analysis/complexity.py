@@ -27,10 +27,12 @@ import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -189,7 +191,10 @@ def count_complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:
 def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexity]:
     """Complexity of a toolbox's model for one image, in its training form and deployed.
 
-    Both are counted as they are executed in evaluation.
+    Both are counted as they are executed in evaluation. How many regions the second stage of a
+    two-stage detector sees depends on the picture: it is counted for the most that its ``test_cfg``
+    lets through, ``rpn.max_per_img`` proposals for boxes and ``rcnn.max_per_img`` detections for masks.
+    Cutting these regions out of the feature maps (RoIAlign) is not counted.
 
     Args:
         model: A classifier, detector or segmentor in evaluation mode.
@@ -202,12 +207,60 @@ def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexit
         ValueError: See :func:`count_complexity`.
     """
     image = torch.empty(1, 3, *shape)
+    if hasattr(model, 'roi_head'):
+        model = copy.copy(model)
+        model.forward = MethodType(_forward_with_most_regions, model)
     training = deployed = count_complexity(model, image, mode='tensor')
     if any(hasattr(module, 'switch_to_deploy') for module in model.modules()):
         twin = copy.deepcopy(model)
         switch_to_deploy(twin)
         deployed = count_complexity(twin, image, mode='tensor')
     return dict(training=training, deployed=deployed)
+
+
+def _forward_with_most_regions(self: nn.Module, images: Tensor, **_: Any) -> Tuple[Any, ...]:
+    """Pass of a two-stage detector of mmdet with empty regions in the place of the ones it finds."""
+    features = self.extract_feat(images)
+    roi_head = self.roi_head
+    stages = [(roi_head.bbox_roi_extractor, roi_head.bbox_head, self.test_cfg.rpn.max_per_img)]
+    if roi_head.with_mask:
+        extractor = roi_head.mask_roi_extractor
+        stages.append((extractor, roi_head.mask_head, self.test_cfg.rcnn.max_per_img))
+    outputs = [self.rpn_head(features)]
+    for extractors, heads, number in stages:
+        several = isinstance(heads, nn.ModuleList)  # Cascade R-CNN
+        for extractor, head in zip(extractors, heads) if several else [(extractors, heads)]:
+            size = extractor.roi_layers[0].output_size
+            outputs.append(head(images.new_zeros(number, extractor.out_channels, *size)))
+    return tuple(outputs)
+
+
+def image_shape(cfg: Config) -> Tuple[int, int]:
+    """Height and width in pixels at which an experiment's complexity is stated.
+
+    The crop of a segmentor's training, since the literature states that; of a classifier or
+    detector what its test pipeline makes of an image that has the shape of its ``Resize``.
+
+    Args:
+        cfg: The experiment's config.
+
+    Raises:
+        ValueError: If the config sets no such size.
+    """
+    size = None
+    if cfg.default_scope == 'mmseg':
+        size = (cfg.model.get('data_preprocessor') or {}).get('size')
+    else:
+        dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
+        for step in dataset.get('pipeline', ()):
+            name = step.type if isinstance(step.type, str) else step.type.__name__
+            if name.endswith('CenterCrop'):
+                size = step.crop_size
+            elif name.endswith('Resize') and 'scale' in step:
+                size = step.scale if isinstance(step.scale, int) else step.scale[::-1]
+    if size is None:
+        raise ValueError('the config sets no fixed size for test images')
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def padded_shape(model: nn.Module, shape: Tuple[int, int]) -> Tuple[int, int]:

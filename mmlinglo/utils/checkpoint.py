@@ -1,8 +1,10 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Checkpoints that either load whole or raise, and never run code from a file."""
 
+import json
 import os.path as osp
 from pickle import UnpicklingError
+from types import ModuleType
 from typing import Dict, List, Optional
 
 import numpy as np
@@ -30,7 +32,8 @@ def load_checkpoint_file(source: str) -> dict:
     that exception; there the file is unpickled in full, as mmengine does.
 
     Args:
-        source: Path, URL, or URI of any mmengine file backend.
+        source: Path, URL, or URI of any mmengine file backend. A name that ends with
+            ``.safetensors`` is read as such.
 
     Returns:
         The content, always a dict.
@@ -42,6 +45,8 @@ def load_checkpoint_file(source: str) -> dict:
     source = osp.expanduser(source)
     if '://' not in source and not osp.isfile(source):
         raise FileNotFoundError(f'checkpoint {source!r} not found')
+    if source.endswith('.safetensors'):
+        return _load_safetensors(source)
     try:
         if source.startswith(('http://', 'https://')):
             checkpoint = _torch_load(torch.hub.load_state_dict_from_url, source)
@@ -59,6 +64,33 @@ def load_checkpoint_file(source: str) -> dict:
             f'{source!r} holds a {type(checkpoint).__name__}, expected a dict with weights'
         )
     return checkpoint
+
+
+def _load_safetensors(source: str) -> dict:
+    """Tensors as ``state_dict``, and as ``meta`` what ``publish_model.py`` wrote beside them."""
+    safetensors = import_safetensors()
+    try:
+        with get_local_path(source) as path, safetensors.safe_open(path, framework='pt') as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+            meta = json.loads((file.metadata() or {}).get('meta', '{}'))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f'{source!r} is damaged: {_first_line(error)}') from error
+    return dict(meta=meta, state_dict=weights)
+
+
+def import_safetensors() -> ModuleType:
+    """The optional package safetensors.
+
+    Raises:
+        CheckpointError: If it is not installed.
+    """
+    try:
+        import safetensors.torch  # needed here only
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            'files in safetensors format need the package of that name: pip install safetensors'
+        ) from error
+    return safetensors
 
 
 def find_state_dict(checkpoint: dict) -> Dict[str, Tensor]:

@@ -16,6 +16,7 @@ from mmlinglo.analysis.complexity import (
     complexity_rows,
     count_complexity,
     count_forms,
+    image_shape,
     padded_shape,
 )
 from mmlinglo.utils.deploy import build_model
@@ -341,3 +342,43 @@ def test_a_model_without_deployed_form_has_equal_forms():
     forms = count_forms(build_model(cfg).eval(), (32, 32))
     assert forms['training'] == forms['deployed']
     assert forms['training'].params == 11_689_512  # torchvision's published count
+
+
+def test_two_stage_detectors_are_counted_for_the_most_regions():
+    cfg = Config.fromfile(ROOT / 'configs/coco/mask-rcnn_linglo-b0_fpn_1x_coco.py')
+    model = build_model(cfg).eval()
+    forms = count_forms(model, (64, 96))
+    assert 'forward' not in vars(model)
+    positions = sum(h * w for h, w in ((16, 24), (8, 12), (4, 6), (2, 3), (1, 2)))
+    rpn = positions * (9 * 256**2 + 256 * (3 + 12))  # 3 anchors a position
+    boxes = 1000 * (256 * 49 * 1024 + 1024**2 + 1024 * (81 + 4 * 80))
+    upsampling = 14 * 14 * 4 * 256**2  # 2 x 2 kernel, stride 2
+    masks = 100 * (4 * 14 * 14 * 9 * 256**2 + upsampling + 28 * 28 * 256 * 80)
+    for counted in forms.values():
+        assert counted.part('rpn_head').macs == rpn
+        assert counted.part('roi_head.bbox_head').macs == boxes
+        assert counted.part('roi_head.mask_head').macs == masks
+        assert counted.params == sum(counted.parameters.values())
+    assert forms['training'].params == sum(p.numel() for p in model.parameters())
+    cfg.model.test_cfg.rpn.max_per_img = 10
+    fewer = count_forms(build_model(cfg).eval(), (64, 96))['training']
+    assert fewer.part('roi_head.bbox_head').macs == boxes // 100
+
+
+@pytest.mark.parametrize(
+    ('config', 'shape'),
+    [
+        ('imagenet/linglo-b0_8xb128_in1k', (224, 224)),
+        ('imagenet/linglo-b1_in1k-pre_8xb64-30e_in1k-384px', (384, 384)),
+        ('coco/retinanet_linglo-b0_fpn_1x_coco', (800, 1333)),
+        ('ade20k/fpn_linglo-b0_8xb4-40k_ade20k-512x512', (512, 512)),
+        ('cifar10/linglo-b0_1xb128-30e_cifar10', (96, 96)),
+    ],
+)
+def test_image_shape(config, shape):
+    assert image_shape(Config.fromfile(ROOT / f'configs/{config}.py')) == shape
+
+
+def test_image_shape_must_be_fixed():
+    with pytest.raises(ValueError, match='no fixed size'):
+        image_shape(Config(dict(default_scope='mmdet', model=dict())))

@@ -13,14 +13,13 @@ import torch
 from mmlinglo.analysis.complexity import (
     complexity_rows,
     count_forms,
+    image_shape,
     padded_shape,
     plot_complexity,
 )
 from mmlinglo.analysis.report import format_table, provenance, with_suffix, write_report
 from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model
-
-SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1333), mmseg=(512, 512))
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,7 +30,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         metavar=('HEIGHT', 'WIDTH'),
         help='size of the image in pixels, before the data preprocessor pads it; '
-        'default: 224 224, 800 1333 or 512 512 by task',
+        'default: what the config tests classifiers and detectors with and trains segmentors with',
     )
     parser.add_argument(
         '--out',
@@ -49,10 +48,11 @@ def main() -> None:
             f'{args.config} builds the deployed form: drop model.backbone.deploy, '
             'both forms are counted'
         )
-    if args.shape is None and cfg.default_scope not in SHAPES:
-        raise UsageError(f'no default image size for the scope {cfg.default_scope!r}: give --shape')
     model = build_model(cfg).eval()
-    given = tuple(args.shape or SHAPES[cfg.default_scope])
+    try:
+        given = tuple(args.shape or image_shape(cfg))
+    except ValueError as error:
+        raise UsageError(f'{args.config}: {error}, so give --shape') from error
     if min(given) < 1:
         raise UsageError(f'--shape must be two positive numbers of pixels, got {given}')
     shape = padded_shape(model, given)

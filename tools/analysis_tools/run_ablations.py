@@ -30,12 +30,18 @@ FOLDER_DATA = 'configs/_base_/datasets/cifar10_folder_bs128_96.py'
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = campaign_parser(__doc__)
     rows = list(ablations.ROWS)
     parser.add_argument('--rows', nargs='+', choices=rows, default=rows, help='default: all')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1], help='default: 0 1')
+    return parser.parse_args()
+
+
+def campaign_parser(description: str) -> argparse.ArgumentParser:
+    """Parser with the arguments of any campaign on CIFAR-10."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1], help='default: %(default)s')
     parser.add_argument('--epochs', type=int, help="2 or more; default: the configs'")
     parser.add_argument(
         '--fraction',
@@ -65,7 +71,7 @@ def parse_args() -> argparse.Namespace:
         default='work_dirs/analysis/run_ablations',
         help='path of the results, without suffix; default: %(default)s',
     )
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:

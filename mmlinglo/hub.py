@@ -1,0 +1,139 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Recipes by name, in the words of mmpretrain's and mmengine's hubs.
+
+mmpretrain lets others add names to its own hub, and is given our classifiers. mmdet and mmseg look
+names up in their own packages only; their functions take a config, which :func:`get_config` gives.
+"""
+
+import difflib
+import fnmatch
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Union
+
+import yaml
+from mmengine.config import Config
+from torch import nn
+
+from .utils import load_checkpoint_file, load_model_weights
+from .utils.deploy import build_model
+
+PACKAGE = Path(__file__).resolve().parent
+MMPRETRAIN_HUB = 'mmpretrain.apis.model'
+CLASSIFIERS = 'configs/imagenet/metafile.yml'
+NO_WEIGHTS = """\
+nobody has published weights of {name!r}. Either
+  - train it: tools/train.py {config}, or
+  - load a file of your own: mmlinglo.get_model({name!r}, pretrained=FILE)"""
+
+
+def list_models(pattern: str = '*') -> List[str]:
+    """Names of the recipes for ImageNet, COCO and ADE20K.
+
+    Args:
+        pattern: Beginning of the names, in which ``*`` and ``?`` are wildcards.
+
+    Returns:
+        The names, sorted.
+    """
+    return sorted(fnmatch.filter(_recipes(), f'{pattern}*'))
+
+
+def get_config(name: str) -> Config:
+    """Config of a recipe, for the functions of mmdet, mmseg and mmpretrain that take one.
+
+    Args:
+        name: One of :func:`list_models`, such as ``'retinanet_linglo-b1_fpn_1x_coco'``.
+
+    Raises:
+        ValueError: If there is no such recipe; names the most similar ones.
+    """
+    recipes = _recipes()
+    if name not in recipes:
+        similar = list_models(name)[:3] or difflib.get_close_matches(name, recipes)
+        raise ValueError(
+            f'no recipe is named {name!r}. '
+            + (f'Did you mean {" or ".join(map(repr, similar))}? ' if similar else '')
+            + 'mmlinglo.list_models() gives all names'
+        )
+    return Config.fromfile(_root() / recipes[name]['Config'])
+
+
+def get_model(name: str, pretrained: Union[bool, str] = False) -> nn.Module:
+    """Build the classifier, detector or segmentor of a recipe.
+
+    Args:
+        name: One of :func:`list_models`.
+        pretrained: Checkpoint of this recipe: path, URL, or URI of any mmengine file
+            backend. It is loaded whole or not at all. False for random weights.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: If there is no such recipe, or ``pretrained`` is True: there are no
+            published weights.
+        FileNotFoundError: If the checkpoint does not exist.
+        CheckpointError: If it is damaged or of another model.
+    """
+    cfg = get_config(name)
+    if pretrained is True:
+        config = f'configs/{Path(cfg.filename).parent.name}/{name}.py'
+        raise ValueError(NO_WEIGHTS.format(name=name, config=config))
+    model = build_model(cfg)
+    if pretrained:
+        load_model_weights(model, load_checkpoint_file(pretrained), pretrained)
+    return model.eval()
+
+
+def register_in_mmpretrain() -> None:
+    """Add our classifiers to mmpretrain's hub, now or as soon as somebody imports mmpretrain."""
+    if MMPRETRAIN_HUB in sys.modules:
+        _register(sys.modules[MMPRETRAIN_HUB])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(MetaPathFinder):
+    """Waits for the import of mmpretrain's hub, which mmlinglo itself must not import."""
+
+    def find_spec(self, name: str, *_: Any) -> Optional[ModuleSpec]:
+        if name != MMPRETRAIN_HUB:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)  # by the other finders
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register  # of this import's loader only
+        return spec
+
+
+def _register(hub_module: ModuleType) -> None:
+    hub = hub_module.ModelHub
+    if not (_root() / CLASSIFIERS).is_file():
+        return  # the package alone, copied from somewhere without its configs
+    if not any(hub.has(name) for name in _recipes()):  # a second time it would raise
+        hub.register_model_index(_root() / CLASSIFIERS, config_prefix=_root())
+
+
+def _root() -> Path:
+    """Folder of ``configs/``: of the installed package or, if it is not installed, the checkout."""
+    mim = PACKAGE / '.mim'
+    return mim if (mim / 'model-index.yml').is_file() else PACKAGE.parent
+
+
+def _recipes() -> Dict[str, dict]:
+    """Rows of the metafiles by name."""
+    root = _root()
+    metafiles = yaml.safe_load((root / 'model-index.yml').read_text())['Import']
+    models = [m for path in metafiles for m in yaml.safe_load((root / path).read_text())['Models']]
+    return {model['Name']: model for model in models}

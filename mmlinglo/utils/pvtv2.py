@@ -1,0 +1,369 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""LinGlo that starts from the weights of PVTv2 (arXiv 2106.13797) of the same size.
+
+Both have the same stem, widths, feed-forward networks and norms. What differs,
+and the value from which each part starts:
+
+- PVTv2 normalizes a stage's output before the next down-sampling, LinGlo only
+  where it is returned. The norm's weights go into the down-sampling convolution,
+  its division by each position's spread becomes one by the mean spread.
+- PVTv2's depth-wise convolution w, bias b becomes the first of LinGlo's branches:
+  w less the identity that the skip adds. Its batch norm, with statistics from
+  images, undoes itself and adds b. So training mode starts from the same function
+  as evaluation mode, up to how batches differ. The other branches have new kernels
+  and batch norms of weight 0.
+- PVTv2's attention is a weighted mean of values over positions. The keys, of which
+  key-only attention takes the weighted mean, start as PVTv2's values, the saliency
+  as 0 (uniform weights), the values as 1, ``mix`` as the identity, and ``proj`` is
+  PVTv2's.
+- LinGlo's additional blocks repeat the block before them with zero as the last
+  layer of both halves: they are the identity, and have gradients.
+
+From there attention and down-sampling are fitted, in the order of the network, to
+what PVTv2 computes at the same place for the same images: least squares, with the
+input that the converted layers before give, so that errors are corrected rather
+than added up. PVTv2's queries and spatial reduction are not used otherwise.
+"""
+
+import re
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from mmlinglo.models.backbones.linglo import CONDITIONAL_ENCODINGS, LinGlo
+from mmlinglo.models.layers import ConditionalPositionalEncoding, KeyOnlyAttention
+
+from .checkpoint import CheckpointError, find_state_dict, load_model_weights
+
+Weights = Dict[str, Tensor]
+Maps = List[Tensor]  # one tensor for each batch of images
+
+# LinGlo's depths, and PVTv2's where they differ.
+PVTV2_DEPTHS = {(2, 3, 3, 2): (2, 2, 2, 2), (3, 5, 9, 3): (3, 4, 6, 3)}
+
+# The stem's kernel tells whose names a file has; what leads from these to timm's.
+_TO_TIMM = {
+    'patch_embed.proj.weight': [(r'^stages_(\d+)\.', r'stages.\1.')],  # timm, also features_only
+    'patch_embed1.proj.weight': [  # github.com/whai362/PVT, which counts stages from 1
+        (r'^patch_embed1\.', 'patch_embed.'),
+        (r'^patch_embed(\d+)\.', r'stages.<\1>.downsample.'),
+        (r'^block(\d+)\.(\d+)\.', r'stages.<\1>.blocks.\2.'),
+        (r'^norm(\d+)\.', r'stages.<\1>.norm.'),
+        (r'<(\d+)>', lambda found: str(int(found[1]) - 1)),
+        (r'dwconv\.dwconv\.', 'dwconv.'),
+    ],
+    'layers.0.0.projection.weight': [  # mmdet
+        (r'^layers\.0\.0\.', 'patch_embed.'),
+        (r'^layers\.(\d+)\.0\.', r'stages.\1.downsample.'),
+        (r'^layers\.(\d+)\.1\.(\d+)\.', r'stages.\1.blocks.\2.'),
+        (r'^layers\.(\d+)\.2\.', r'stages.\1.norm.'),
+        (r'\.projection\.', '.proj.'),
+        (r'\.attn\.attn\.out_proj\.', '.attn.proj.'),
+        (r'\.attn\.attn\.in_proj_', '.attn.qkv.'),
+        (r'\.ffn\.layers\.0\.', '.mlp.fc1.'),
+        (r'\.ffn\.layers\.1\.', '.mlp.dwconv.'),
+        (r'\.ffn\.layers\.4\.', '.mlp.fc2.'),
+    ],
+}
+
+
+class Conversion(NamedTuple):
+    """What :func:`convert_pvtv2` did."""
+
+    origins: Dict[str, str]  # of each tensor of LinGlo
+    differences: List[float]  # of each stage's output
+
+
+def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weights]]:
+    """PVTv2's weights under timm's names.
+
+    Args:
+        checkpoint: What :func:`mmlinglo.utils.load_checkpoint_file` returned, with
+            the names of timm, mmdet or the PVT repository; bare, or of a classifier
+            or a detector, with a prefix before all names.
+        source: Name for the error message.
+
+    Returns:
+        The backbone's weights; and ``weight`` (classes, C) and ``bias`` (classes,)
+        of the classifier's linear layer, or None if there is none.
+
+    Raises:
+        CheckpointError: If there is no PVTv2 in the file.
+    """
+    weights = find_state_dict(checkpoint)
+    found = [
+        (key[: -len(stem)], stem)
+        for key in weights
+        for stem in _TO_TIMM
+        if f'.{key}'.endswith(f'.{stem}')
+    ]
+    if not found:
+        raise CheckpointError(
+            f'{source!r} holds no PVTv2: none of {", ".join(_TO_TIMM)} is among its '
+            f'{len(weights)} tensors ({", ".join([*weights][:3])}, ...). Give a checkpoint of '
+            "timm's, mmdet's or the PVT repository's PVTv2"
+        )
+    prefix, stem = found[0]
+    backbone: Weights = {}
+    for key, value in weights.items():
+        if not key.startswith(prefix) or key.startswith(f'{prefix}head.'):
+            continue
+        name = key[len(prefix) :]
+        for pattern, replacement in _TO_TIMM[stem]:
+            name = re.sub(pattern, replacement, name)
+        if re.search(r'\.mlp\.fc\d\.weight$', name):
+            value = value.flatten(1)  # mmdet's are 1x1 convolutions
+        if '.attn.qkv.' in name:
+            channels = len(value) // 3
+            backbone[name.replace('.qkv.', '.q.')] = value[:channels]
+            backbone[name.replace('.qkv.', '.kv.')] = value[channels:]
+        else:
+            backbone[name] = value
+    for layer in ('head.fc', f'{prefix}head'):
+        names = [f'{layer}.weight', f'{layer}.bias']
+        if all(name in weights for name in names):
+            return backbone, dict(zip(('weight', 'bias'), map(weights.get, names)))
+    return backbone, None
+
+
+def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
+    """timm's PVTv2 of a LinGlo's size, without a classifier, in evaluation mode.
+
+    Args:
+        weights: Of the backbone, from :func:`timm_weights`.
+        arch: :attr:`LinGlo.arch`. The depths are :data:`PVTV2_DEPTHS`, or LinGlo's.
+        source: Name for the error message.
+
+    Raises:
+        CheckpointError: If the weights are those of another size or model.
+    """
+    from timm.models.pvt_v2 import PyramidVisionTransformerV2  # needed here only
+
+    depths = PVTV2_DEPTHS.get(arch['depths'], arch['depths'])
+    model = PyramidVisionTransformerV2(
+        num_classes=0,
+        depths=depths,
+        embed_dims=arch['embed_dims'],
+        num_heads=arch['num_heads'],
+        mlp_ratios=arch['mlp_ratio'],
+    )
+    try:
+        load_model_weights(model, weights, source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} (in timm's names). A LinGlo of the widths {arch['embed_dims']} and depths "
+            f'{arch["depths"]} starts from a PVTv2 of these widths and the depths {depths}'
+        ) from error
+    return model.eval()
+
+
+def convert_pvtv2(
+    pvtv2: nn.Module, linglo: LinGlo, images: List[Tensor], steps: int = 200
+) -> Conversion:
+    """Give a LinGlo the initial values that this module describes, in place.
+
+    Args:
+        pvtv2: From :func:`load_pvtv2`.
+        linglo: The backbone, initialized; in evaluation mode afterwards.
+        images: Batches (B, 3, H, W), normalized as for training, at least 2. The
+            last fifth of them, at least one, is not fitted to.
+        steps: Gradient steps, on a batch each, for each fitted layer; 0 to leave
+            them as they start.
+
+    Returns:
+        For each tensor of ``linglo``: ``'taken'`` from PVTv2 as it is, ``'derived'``
+        from PVTv2's tensors, ``'repeated'`` in an additional block, or ``'new'``.
+        For each stage: how far its output, normalized by PVTv2's norm, is from
+        PVTv2's, as the ratio of root mean squares, on the images not fitted to.
+
+    Raises:
+        ValueError: If ``linglo`` is a variant without counterparts to PVTv2's
+            layers, or there are too few batches.
+    """
+    _check_variant(linglo)
+    if len(images) < 2:
+        raise ValueError(f'at least 2 batches of images are needed, got {len(images)}')
+    return _Converter(pvtv2, linglo.eval(), images, steps).convert()
+
+
+class _Converter:
+    """State of :func:`convert_pvtv2`: both networks' maps (B, H, W, C) so far."""
+
+    def __init__(self, pvtv2: nn.Module, linglo: LinGlo, images: List[Tensor], steps: int) -> None:
+        self.pvtv2 = pvtv2
+        self.linglo = linglo
+        self.steps = steps
+        self.images = images
+        self.held_out = max(1, len(images) // 5)
+        self.origins = {name: 'new' for name in linglo.state_dict()}
+        self.names = {module: name for name, module in linglo.named_modules()}
+
+    @torch.no_grad()
+    def convert(self) -> Conversion:
+        self._take(self.linglo.patch_embed.conv, self.pvtv2.patch_embed.proj)
+        self._take(self.linglo.patch_embed.norm, self.pvtv2.patch_embed.norm)
+        self.target = [self.pvtv2.patch_embed(batch) for batch in self.images]
+        self.maps = [self.linglo.patch_embed(batch) for batch in self.images]
+        differences = []
+        previous = None
+        for i, (theirs, ours) in enumerate(zip(self.pvtv2.stages, self.linglo.stages)):
+            if previous is not None:
+                self._downsample(ours.downsample, theirs.downsample, previous.norm)
+            for j, block in enumerate(ours.blocks):
+                # Each of their blocks is followed by its repetitions.
+                index = j * len(theirs.blocks) // len(ours.blocks)
+                if j and index == (j - 1) * len(theirs.blocks) // len(ours.blocks):
+                    self._repeat(block, ours.blocks[j - 1], theirs.blocks[index])
+                else:
+                    self._block(block, theirs.blocks[index])
+            self.target = [theirs.norm(x) for x in self.target]
+            differences.append(self._difference(theirs.norm))
+            print_log(f'stage {i} of {len(self.linglo.stages)} converted', logger='current')
+            previous = theirs
+        for i in self.linglo.out_indices:
+            self._take(getattr(self.linglo, f'norm{i}'), self.pvtv2.stages[i].norm)
+        return Conversion(self.origins, differences)
+
+    def _downsample(self, ours: nn.Module, theirs: nn.Module, norm: nn.LayerNorm) -> None:
+        self._take(ours.norm, theirs.norm)
+        spread = 1 / torch.cat([_inverse_spread(x, norm.eps) for x in self.maps]).mean()
+        kernel = theirs.proj.weight * norm.weight.view(1, -1, 1, 1)
+        kernel = (kernel - kernel.mean(1, keepdim=True)) / spread
+        ours.conv.weight.copy_(kernel)
+        # At the borders, where PVTv2's padding is 0 after the norm, this bias is too much.
+        ours.conv.bias.copy_(theirs.proj.bias + theirs.proj.weight.sum((2, 3)) @ norm.bias)
+        self._mark(ours.conv, 'derived')
+        self.target = [theirs(x.permute(0, 3, 1, 2)) for x in self.target]
+        inputs = [x.permute(0, 3, 1, 2) for x in self.maps]
+        self._fit(ours, ours.conv, inputs, self.target, learning_rate=1e-3)
+        self.maps = [ours(x) for x in inputs]
+
+    def _block(self, ours: nn.Module, theirs: nn.Module) -> None:
+        self._take(ours.norm1, theirs.norm1)
+        self._take(ours.norm2, theirs.norm2)
+        self._take(ours.ffn.fc1, theirs.mlp.fc1)
+        self._take(ours.ffn.fc2, theirs.mlp.fc2)
+        _start_attention(ours.attn, theirs.attn)
+        self._mark(ours.attn.key, 'derived')
+        self._mark(ours.attn.proj, 'derived')
+        self.target = [x + _on_tokens(theirs.attn, theirs.norm1(x)) for x in self.target]
+        inputs = [ours.norm1(x).flatten(1, 2) for x in self.maps]
+        missing = [(x - y).flatten(1, 2) for x, y in zip(self.target, self.maps)]
+        self._fit(ours.attn, ours.attn, inputs, missing, learning_rate=5e-3)
+        self.maps = [x + ours.attn(tokens).view_as(x) for x, tokens in zip(self.maps, inputs)]
+        self._encoding(ours, theirs.mlp.dwconv)
+        self.target = [x + _on_tokens(theirs.mlp, theirs.norm2(x)) for x in self.target]
+        self.maps = [x + ours.ffn(ours.norm2(x)) for x in self.maps]
+
+    def _repeat(self, ours: nn.Module, before: nn.Module, theirs: nn.Module) -> None:
+        ours.load_state_dict(before.state_dict())
+        self._mark(ours, 'repeated')
+        for last in (ours.attn.proj, ours.ffn.fc2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self._mark(last, 'new')
+        self._encoding(ours, theirs.mlp.dwconv)
+
+    def _encoding(self, block: nn.Module, dwconv: nn.Conv2d) -> None:
+        hidden = (block.ffn.fc1(block.norm2(x)).permute(0, 3, 1, 2) for x in self.maps)
+        _start_encoding(block.ffn.pos_encoding, dwconv, hidden)
+        if self.origins[f'{self.names[block]}.norm1.weight'] == 'taken':
+            self._mark(block.ffn.pos_encoding.branches[0], 'derived')
+
+    def _take(self, ours: nn.Module, theirs: nn.Module) -> None:
+        ours.load_state_dict(theirs.state_dict())
+        self._mark(ours, 'taken')
+
+    def _mark(self, layer: nn.Module, origin: str) -> None:
+        for name in layer.state_dict():
+            self.origins[f'{self.names[layer]}.{name}'] = origin
+
+    def _difference(self, norm: nn.LayerNorm) -> float:
+        pairs = list(zip(self.maps, self.target))[-self.held_out :]
+        error = sum((norm(ours) - theirs).square().sum() for ours, theirs in pairs)
+        return float((error / sum(theirs.square().sum() for _, theirs in pairs)).sqrt())
+
+    @torch.enable_grad()
+    def _fit(
+        self,
+        layer: nn.Module,
+        part: nn.Module,
+        inputs: Maps,
+        targets: Maps,
+        learning_rate: float,
+    ) -> None:
+        """Least squares over the parameters of a part of a layer, by Adam with a cosine schedule."""
+        if not self.steps:
+            return
+        inputs, targets = inputs[: -self.held_out], targets[: -self.held_out]
+        size = torch.stack([target.square().mean() for target in targets]).mean()
+        optimizer = torch.optim.Adam(part.parameters(), lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        layer.train()
+        for step in range(self.steps):
+            batch = step % len(inputs)
+            layer.zero_grad()
+            (F.mse_loss(layer(inputs[batch]), targets[batch]) / size).backward()
+            optimizer.step()
+            schedule.step()
+        layer.zero_grad()
+        layer.eval()
+
+
+def _inverse_spread(x: Tensor, eps: float) -> Tensor:
+    return (x.var(-1, unbiased=False) + eps).rsqrt().flatten()
+
+
+def _on_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+    """One of PVTv2's layers on tokens, on a map (B, H, W, C)."""
+    return layer(x.flatten(1, 2), x.shape[1:3]).view_as(x)
+
+
+def _start_attention(ours: KeyOnlyAttention, theirs: nn.Module) -> None:
+    channels = ours.embed_dims
+    ours.key.weight.copy_(theirs.kv.weight[channels:])
+    ours.key.bias.copy_(theirs.kv.bias[channels:])
+    ours.proj.load_state_dict(theirs.proj.state_dict())
+    nn.init.zeros_(ours.saliency)
+    nn.init.zeros_(ours.value.weight)
+    nn.init.ones_(ours.value.bias)
+    nn.init.eye_(ours.mix.weight)
+    nn.init.zeros_(ours.mix.bias)
+
+
+def _start_encoding(
+    encoding: ConditionalPositionalEncoding, dwconv: nn.Conv2d, maps: Iterator[Tensor]
+) -> None:
+    first, *others = encoding.branches
+    first.conv.weight.copy_(dwconv.weight)
+    if encoding.skip:
+        centre = encoding.kernel_size // 2
+        first.conv.weight[:, 0, centre, centre] -= 1
+    update_bn(maps, encoding)
+    first.norm.weight.copy_((first.norm.running_var + first.norm.eps).sqrt())
+    first.norm.bias.copy_(first.norm.running_mean + dwconv.bias)
+    for branch in others:
+        nn.init.zeros_(branch.norm.weight)
+
+
+def _check_variant(linglo: LinGlo) -> None:
+    wrong = {
+        'attention': linglo.attention != 'key_only',
+        'pos_encoding': linglo.pos_encoding not in CONDITIONAL_ENCODINGS,
+        'layout': 'C' in linglo.layout,
+        'overlap': not linglo.patch_embed.overlap,
+        'qkv_bias': not linglo.qkv_bias,
+        'norm_cfg': (linglo.norm_cfg or {}).get('type') not in ('BN', 'SyncBN'),
+        'frozen_stages': linglo.frozen_stages >= 0,
+        'deploy': linglo.deploy,
+    }
+    if any(wrong.values()):
+        raise ValueError(
+            'only LinGlo with key-only attention, a convolutional positional encoding with batch '
+            'norms, overlapping patches, biases, and no frozen stage, in its training form, can '
+            f'start from PVTv2; drop {", ".join(k for k, v in wrong.items() if v)} from the config'
+        )

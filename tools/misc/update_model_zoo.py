@@ -1,0 +1,174 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Bring the metafiles and the tables of docs/model_zoo.md up to date with the configs.
+
+Every config in configs/imagenet, configs/coco and configs/ade20k gets a row with its parameters and
+multiply-adds, counted by mmlinglo.analysis.complexity. Whatever else the metafiles say stays: what the
+paper claims, metrics, weights.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import yaml
+from mmengine.config import Config
+
+from mmlinglo.analysis.complexity import Complexity, count_forms, image_shape, padded_shape
+from mmlinglo.analysis.report import format_table
+from mmlinglo.utils.cli import UsageError, load_config, run
+from mmlinglo.utils.deploy import build_model
+from mmlinglo.utils.files import complete_file
+
+ROOT = Path(__file__).resolve().parents[2]
+DATASETS = dict(imagenet='ImageNet-1k', coco='COCO', ade20k='ADE20K')
+TASKS = dict(
+    imagenet={'Image Classification': 'Top 1 Accuracy'},
+    coco={'Object Detection': 'box AP', 'Instance Segmentation': 'mask AP'},
+    ade20k={'Semantic Segmentation': 'mIoU'},
+)
+HEADER = """\
+# Written by tools/misc/update_model_zoo.py; metrics, weights and the paper's claims are kept by hand.
+# Metrics are null: these models have not been trained by this project yet.
+# FLOPs are multiply-adds, as everywhere in OpenMMLab.
+"""
+DOC = 'docs/model_zoo.md'
+COLUMNS = dict(
+    recipe='Recipe',
+    metric='Metric',
+    paper='Paper',
+    ours='Ours',
+    params='Parameters, training / deployed',
+    macs='Multiply-adds, training / deployed',
+    shape='Counted at',
+)
+
+_COUNTED: Dict[tuple, Dict[str, Complexity]] = {}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        '--check', action='store_true', help='write nothing; fail if a file would change'
+    )
+    return parser.parse_args()
+
+
+def counts(cfg: Config) -> Dict[str, object]:
+    """Entries of a metafile that are counted."""
+    model = build_model(cfg).eval()
+    shape = padded_shape(model, image_shape(cfg))
+    backbone = {k: v for k, v in cfg.model.backbone.items() if k not in ('init_cfg', 'with_cp')}
+    network = (
+        str({**cfg.model, 'backbone': backbone}),
+        shape,
+    )  # several recipes train the same one
+    if network not in _COUNTED:
+        _COUNTED[network] = count_forms(model, shape)
+    training, deployed = _COUNTED[network].values()
+    return {
+        'Parameters': training.params,
+        'Deployed Parameters': deployed.params,
+        'FLOPs': training.macs,
+        'Deployed FLOPs': deployed.macs,
+        'Counted at': f'{shape[0]} x {shape[1]}',
+    }
+
+
+def updated_row(path: Path, old: dict) -> dict:
+    """Row of a config; what the old row says beyond that stays."""
+    task = path.parent.name
+    cfg = load_config(str(path))
+    masks = 'mask_head' in cfg.model.get('roi_head', {})
+    results = [
+        dict(Task=name, Dataset=DATASETS[task], Metrics=None)
+        for name in TASKS[task]
+        if name != 'Instance Segmentation' or masks
+    ]
+    return {
+        'Name': path.stem,
+        'In Collection': 'LinGlo',
+        'Config': path.relative_to(ROOT).as_posix(),
+        'Results': results,
+        **old,
+        'Metadata': {**old.get('Metadata', {}), 'Training Data': DATASETS[task], **counts(cfg)},
+    }
+
+
+def updated_metafile(task: str) -> dict:
+    """Content of a task's metafile: collections as they are, a row for each config, by name."""
+    metafile = ROOT / 'configs' / task / 'metafile.yml'
+    content = yaml.safe_load(metafile.read_text())
+    old = {row['Name']: row for row in content.get('Models') or []}
+    configs = sorted(metafile.parent.glob('*.py'))
+    return {**content, 'Models': [updated_row(path, old.get(path.stem, {})) for path in configs]}
+
+
+def table(task: str, rows: List[dict]) -> str:
+    """A task's table of docs/model_zoo.md."""
+    lines = []
+    for row in rows:
+        entries = row['Metadata']
+        ours = {TASKS[task][result['Task']]: result['Metrics'] for result in row['Results']}
+        measured = [(metrics or {}).get(metric) for metric, metrics in ours.items()]
+        lines.append(
+            dict(
+                recipe=f'[{row["Name"]}](../{row["Config"]})',
+                metric=' / '.join(ours),
+                paper=_numbers([entries.get(f'{metric} in the Paper') for metric in ours], '-'),
+                ours=_numbers(measured, 'not yet trained here'),
+                params=f'{_forms(entries, "Parameters", 1e6)} M',
+                macs=f'{_forms(entries, "FLOPs", 1e9)} G',
+                shape=entries['Counted at'],
+            )
+        )
+    return format_table(lines, COLUMNS)
+
+
+def _numbers(values: List[Optional[float]], none: str) -> str:
+    return none if None in values else ' / '.join(f'{value:.1f}' for value in values)
+
+
+def _forms(entries: dict, key: str, unit: float) -> str:
+    return ' / '.join(f'{entries[form + key] / unit:.2f}' for form in ('', 'Deployed '))
+
+
+def with_tables(text: str, tables: Dict[str, str]) -> str:
+    """``text`` with what stands between ``<!-- table: TASK -->`` and ``<!-- end -->`` replaced."""
+    for task, content in tables.items():
+        marked = re.compile(rf'(<!-- table: {task} -->\n).*?(\n<!-- end -->)', re.DOTALL)
+        text, number = marked.subn(lambda match, c=content: match[1] + c + match[2], text)
+        if number != 1:
+            raise UsageError(
+                f'{DOC} must have one line "<!-- table: {task} -->" and a line "<!-- end -->" below'
+            )
+    return text
+
+
+def changed_files() -> Dict[Path, str]:
+    """Files that are not up to date, with their new text."""
+    texts, tables = {}, {}
+    for task in DATASETS:
+        content = updated_metafile(task)
+        tables[task] = table(task, content['Models'])
+        path = ROOT / 'configs' / task / 'metafile.yml'
+        texts[path] = HEADER + yaml.safe_dump(content, sort_keys=False, width=100)
+    texts[ROOT / DOC] = with_tables((ROOT / DOC).read_text(), tables)
+    return {path: text for path, text in texts.items() if path.read_text() != text}
+
+
+def main() -> None:
+    args = parse_args()
+    changed = changed_files()
+    names = ', '.join(path.relative_to(ROOT).as_posix() for path in changed)
+    if args.check and changed:
+        raise UsageError(f'not up to date: {names}. Run python {Path(sys.argv[0]).as_posix()}')
+    for path, text in changed.items():
+        with complete_file(path) as file:
+            file.write_text(text)
+    print(f'written: {names}' if changed else 'everything is up to date')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,162 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Start a LinGlo from a checkpoint of PVTv2 of the same size: b0 from B0, b1 from B1, b2 from B2.
+
+The checkpoint may be timm's, mmdet's or the PVT repository's, or of a training of PVTv2. What both
+networks have in common is taken; the rest starts from values with which LinGlo computes about what
+PVTv2 computed, for which some of the config's training images are needed. The result is a start for
+a training, not a trained LinGlo. Which values, and why: mmlinglo/utils/pvtv2.py.
+"""
+
+import argparse
+import importlib.util
+import math
+import re
+from pathlib import Path
+from typing import Dict, List
+
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner, set_random_seed
+from torch import Tensor, nn
+
+import mmlinglo
+from mmlinglo import LinGlo
+from mmlinglo.analysis.report import format_table
+from mmlinglo.utils import load_checkpoint_file
+from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
+from mmlinglo.utils.deploy import build_model
+from mmlinglo.utils.files import complete_file
+from mmlinglo.utils.pvtv2 import convert_pvtv2, load_pvtv2, timm_weights
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument('checkpoint', help="PVTv2's checkpoint, a file or a URL")
+    parser.add_argument('out', help='file to write')
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=512,
+        help='training images to use, rounded up to batches; default: %(default)s',
+    )
+    parser.add_argument(
+        '--steps',
+        type=int,
+        default=200,
+        help='gradient steps for each attention and down-sampling layer; default: %(default)s',
+    )
+    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if importlib.util.find_spec('timm') is None:
+        raise UsageError('PVTv2 itself comes from timm, which is missing: pip install timm')
+    for name in ('images', 'steps'):
+        if getattr(args, name) < (1 if name == 'images' else 0):
+            raise UsageError(f'--{name} must be positive, got {getattr(args, name)}')
+    cfg = load_config(args.config, args.cfg_options)
+    out = Path(args.out)
+    if out.is_dir():
+        raise UsageError(f'{args.out!r} is a folder: name a file')
+    if out.exists() and Path(args.checkpoint).exists() and out.samefile(args.checkpoint):
+        raise UsageError(f'{args.out!r} is the checkpoint itself: name another file')
+
+    set_random_seed(args.seed)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = build_model(cfg)
+    if not isinstance(model.backbone, LinGlo):
+        raise UsageError(f'{args.config} has no LinGlo but a {type(model.backbone).__name__}')
+    model.backbone.init_cfg = None  # in such a config it names the file that is to be written
+    model.backbone.init_weights()
+    model = model.to(device)
+    weights, head = timm_weights(load_checkpoint_file(args.checkpoint), args.checkpoint)
+    pvtv2 = load_pvtv2(weights, model.backbone.arch, args.checkpoint).to(device)
+    images = training_images(cfg, model, args.images, args.seed)
+    try:
+        origins, differences = convert_pvtv2(pvtv2, model.backbone, images, args.steps)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+    state = {f'backbone.{name}': value for name, value in model.backbone.state_dict().items()}
+    origins = {f'backbone.{name}': origin for name, origin in origins.items()}
+    if takes_head(model, head):
+        for name, value in head.items():
+            state[f'head.fc.{name}'] = value
+            origins[f'head.fc.{name}'] = 'taken'
+    meta = dict(
+        cfg=cfg.pretty_text,
+        mmlinglo_version=mmlinglo.__version__,
+        pvtv2=dict(
+            source=str(args.checkpoint),
+            images=sum(map(len, images)),
+            steps=args.steps,
+            seed=args.seed,
+            origins=origins,
+            differences=differences,
+        ),
+    )
+    with complete_file(out) as file:
+        torch.save(dict(meta=meta, state_dict={k: v.cpu() for k, v in state.items()}), file)
+    print(summary(state, origins))
+    print(
+        f"difference of the stages' outputs from PVTv2's, on images not fitted to: "
+        f'{", ".join(f"{difference:.1%}" for difference in differences)}\n'
+        f"written: {out}; train from it with init_cfg=dict(type='Pretrained', "
+        f"checkpoint='{out}', prefix='backbone.')"
+    )
+
+
+def training_images(cfg: Config, model: nn.Module, count: int, seed: int) -> List[Tensor]:
+    """Batches as the model would get them in training."""
+    try:
+        loader = Runner.build_dataloader(cfg.train_dataloader, seed=seed)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f'the training images of {cfg.filename!r} cannot be read ({error}): some are needed to '
+            'measure and fit; name their folder with --cfg-options '
+            'train_dataloader.dataset.data_root=FOLDER'
+        ) from error
+    batches: List[Tensor] = []
+    for data in loader:
+        batches.append(model.data_preprocessor(data, training=True)['inputs'])
+        if len(batches) >= max(2, math.ceil(count / loader.batch_size)):
+            break
+    return batches
+
+
+def takes_head(model: nn.Module, head: Dict[str, Tensor]) -> bool:
+    """Whether the classifier's last layer is of the shape of PVTv2's."""
+    layer = getattr(getattr(model, 'head', None), 'fc', None)
+    return head is not None and layer is not None and layer.weight.shape == head['weight'].shape
+
+
+def summary(state: Dict[str, Tensor], origins: Dict[str, str]) -> str:
+    """Table of the tensors by origin and name, with * for the numbers of stages and blocks."""
+    groups: Dict[tuple, List[Tensor]] = {}
+    for name, value in state.items():
+        pattern = re.sub(r'\.\d+\.', '.*.', re.sub(r'\.\d+\.', '.*.', name))
+        layer = pattern.rpartition('.')[0] or pattern
+        groups.setdefault((origins[name], layer), []).append(value)
+    rows = []
+    for origin in ('taken', 'derived', 'repeated', 'new'):
+        found = {layer: values for (kind, layer), values in groups.items() if kind == origin}
+        everything = [value for values in found.values() for value in values]
+        for layer, values in [(f'all {origin}', everything), *sorted(found.items())]:
+            rows.append(
+                dict(
+                    origin=origin,
+                    layer=layer,
+                    tensors=len(values),
+                    numbers=sum(value.numel() for value in values),
+                )
+            )
+    return format_table(
+        rows, dict(origin='origin', layer='layer', tensors='tensors', numbers='numbers')
+    )
+
+
+if __name__ == '__main__':
+    run(main)
