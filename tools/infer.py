@@ -1,31 +1,45 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Run a classifier, detector or segmentor on a picture or a folder of pictures.
+"""Run a classifier, detector or segmentor on a picture, a folder of pictures or a video.
 
-The toolboxes' own inferencers do the work. OUT_DIR gets the pictures with boxes, masks or labels in `vis/` and the
-predictions in `preds/`: JSON for detectors and classifiers, label images for segmentors.
+OUT_DIR gets the input with boxes, masks or labels drawn on it in `vis/` and the predictions in `preds/`: JSON
+for each picture, for a video a line of JSON for each frame; for segmentors label images as well. Folders are
+searched with their sub-folders. Files that cannot be read are reported, the rest is done, and the exit status is 1.
 """
 
 import argparse
-import tempfile
+import sys
+from collections import Counter
 from pathlib import Path
-from typing import List, Optional
+from typing import Callable, Iterable
 
-import mmengine
-import torch
+from rich.console import Console
+from rich.progress import track
 
-from mmlinglo.utils import load_checkpoint_file, load_model_weights
-from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
-from mmlinglo.utils.deploy import build_model, switch_to_deploy
-
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+from mmlinglo.utils import load_checkpoint_file
+from mmlinglo.utils.cli import UsageError, checked_device, config_parser, load_config, run
+from mmlinglo.utils.inference import (
+    DRAWINGS,
+    PICTURE_SUFFIXES,
+    PREDICTIONS,
+    Predictor,
+    UnreadableError,
+    annotate_pictures,
+    annotate_video,
+    build_predictor,
+    is_picture,
+    is_video,
+    list_files,
+    open_video,
+)
 
 
 def parse_args() -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('inputs', help='a picture or a folder of pictures')
+    parser.add_argument('input', help='a picture, a folder of pictures or a video')
     parser.add_argument('--out-dir', default='outputs', help='folder for the results')
     parser.add_argument('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
+    parser.add_argument('--batch-size', type=int, default=1, help='pictures or frames at a time')
     parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score of drawn boxes')
     parser.add_argument(
         '--deploy', action='store_true', help='re-parameterise the model before running it'
@@ -33,71 +47,88 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_pictures(inputs: str) -> List[str]:
-    path = Path(inputs)
-    if path.is_file():
-        return [str(path)]
-    if not path.is_dir():
-        raise UsageError(f'input {inputs!r} not found')
-    pictures = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not pictures:
-        raise UsageError(f'no pictures ({", ".join(SUFFIXES)}) in {inputs!r}')
-    return pictures
+def check_folders(source: Path, out_dir: Path) -> None:
+    """Refuse to write over the input."""
+    if not source.exists():
+        raise UsageError(f'input {str(source)!r} not found')
+    path, out = source.resolve(), out_dir.resolve()
+    if path == out:
+        raise UsageError(f'--out-dir {str(out_dir)!r} is the input itself: name another folder')
+    for results in (out / DRAWINGS, out / PREDICTIONS):
+        if results in (path, *path.parents):
+            raise UsageError(
+                f'input {str(source)!r} lies in {str(results)!r}, where results go: '
+                'name another --out-dir'
+            )
+
+
+def progress(steps: Iterable, total: int) -> Iterable:
+    return track(steps, 'Inference', total=total or None, console=Console(stderr=True))
+
+
+def infer_pictures(build: Callable[[], Predictor], source: Path, args: argparse.Namespace) -> None:
+    out_dir = Path(args.out_dir)
+    if source.is_dir():
+        folder, skip = source, (out_dir / DRAWINGS, out_dir / PREDICTIONS)
+        # Listed twice rather than kept: folders may be very large.
+        counts = Counter(map(is_picture, list_files(folder, skip)))
+        names = filter(is_picture, list_files(folder, skip))
+    else:
+        folder, counts, names = source.parent, Counter([True]), [source.name]
+    if not counts[True]:
+        raise UsageError(f'no pictures ({", ".join(PICTURE_SUFFIXES)}) in {str(source)!r}')
+
+    outcomes: Counter = Counter()
+    steps = annotate_pictures(build(), folder, names, out_dir, args.batch_size)
+    for name, problem in progress(steps, counts[True]):
+        outcomes[problem is None] += 1
+        if problem is not None:
+            print(f'{folder / name}: skipped: {problem}', file=sys.stderr)
+    print(
+        f'{outcomes[True]} pictures in {out_dir / DRAWINGS}, predictions in {out_dir / PREDICTIONS}'
+    )
+    if counts[False]:
+        print(f'{counts[False]} files of other kinds passed over')
+    if outcomes[False]:
+        raise UsageError(
+            f'{outcomes[False]} of {sum(outcomes.values())} pictures skipped, see above'
+        )
+
+
+def infer_video(build: Callable[[], Predictor], source: Path, args: argparse.Namespace) -> None:
+    out_dir = Path(args.out_dir)
+    try:
+        reader = open_video(source)
+        steps = annotate_video(build(), reader, source.name, out_dir, args.batch_size)
+        done = sum(1 for _ in progress(steps, reader.frame_cnt))
+    except UnreadableError as error:
+        raise UsageError(f'video {str(source)!r}: {error}') from error
+    print(f'{done} frames in {out_dir / DRAWINGS}, predictions in {out_dir / PREDICTIONS}')
 
 
 def main() -> None:
     args = parse_args()
+    if args.batch_size < 1:
+        raise UsageError(f'--batch-size must be at least 1, got {args.batch_size}')
     cfg = load_config(args.config, args.cfg_options)
-    pictures = find_pictures(args.inputs)
-    checkpoint = load_checkpoint_file(args.checkpoint)
-    model = build_model(cfg).eval()
-    load_model_weights(model, checkpoint, args.checkpoint)
-    if args.deploy:
-        switch_to_deploy(model)
-        cfg.model.backbone.deploy = True
+    source = Path(args.input)
+    check_folders(source, Path(args.out_dir))
+    device = checked_device(args.device)
 
-    # The inferencers take files: these are known to be safe and to fit each other.
-    with tempfile.TemporaryDirectory() as folder:
-        weights = str(Path(folder) / 'weights.pth')
-        meta = {'dataset_meta': checkpoint.get('meta', {}).get('dataset_meta', {})}
-        torch.save(dict(meta=meta, state_dict=model.state_dict()), weights)
-        config = str(Path(folder) / 'config.py')
-        cfg.dump(config)
-        infer = {'mmpretrain': classify, 'mmdet': detect, 'mmseg': segment}[cfg.default_scope]
-        infer(config, weights, pictures, args)
-    print(f'{len(pictures)} pictures in {Path(args.out_dir) / "vis"}')
+    def build() -> Predictor:
+        checkpoint = load_checkpoint_file(args.checkpoint)
+        try:
+            return build_predictor(
+                cfg, checkpoint, args.checkpoint, device, args.score_thr, args.deploy
+            )
+        except ValueError as error:
+            raise UsageError(f'{args.config}: {error}') from error
 
-
-def detect(config: str, weights: str, pictures: List[str], args: argparse.Namespace) -> None:
-    from mmdet.apis import DetInferencer
-
-    inferencer = DetInferencer(config, weights, device=args.device)
-    inferencer(pictures, out_dir=args.out_dir, pred_score_thr=args.score_thr, no_save_pred=False)
-
-
-def segment(config: str, weights: str, pictures: List[str], args: argparse.Namespace) -> None:
-    from mmseg.apis import MMSegInferencer
-
-    inferencer = MMSegInferencer(config, weights, device=args.device)
-    inferencer(pictures, out_dir=args.out_dir, img_out_dir='vis', pred_out_dir='preds')
-
-
-def classify(config: str, weights: str, pictures: List[str], args: argparse.Namespace) -> None:
-    from mmpretrain.apis import ImageClassificationInferencer
-
-    out = Path(args.out_dir)
-    (out / 'vis').mkdir(parents=True, exist_ok=True)
-    inferencer = ImageClassificationInferencer(
-        config, weights, device=args.device or default_device()
-    )
-    results = inferencer(pictures, show_dir=str(out / 'vis'))
-    for picture, result in zip(pictures, results):
-        result['pred_scores'] = result['pred_scores'].tolist()
-        mmengine.dump(result, out / 'preds' / f'{Path(picture).stem}.json')
-
-
-def default_device() -> Optional[str]:
-    return 'cuda:0' if torch.cuda.is_available() else 'cpu'
+    infer = infer_video if source.is_file() and is_video(source.name) else infer_pictures
+    try:
+        infer(build, source, args)
+    except OSError as error:
+        raise UsageError(str(error)) from error  # names the file
 
 
 if __name__ == '__main__':

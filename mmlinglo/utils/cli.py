@@ -9,6 +9,7 @@ from typing import Callable, Optional
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 
 from mmlinglo.engine import prepare_cpu_distributed
 
@@ -86,6 +87,21 @@ def load_config(path: str, cfg_options: Optional[dict] = None) -> Config:
             'such as configs/coco/retinanet_linglo-b0_fpn_1x_coco.py'
         )
     return cfg
+
+
+def checked_device(name: Optional[str]) -> str:
+    """The device of ``--device``, or without it the first accelerator, else the CPU.
+
+    Raises:
+        UsageError: If the device cannot be used here.
+    """
+    name = name or get_device()
+    try:
+        torch.zeros(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f'--device {name!r} cannot be used here: {reason}') from error
+    return name
 
 
 def load_runner_config(args: argparse.Namespace) -> Config:

@@ -145,14 +145,6 @@ def test_out_of_the_wrong_kind(classifier_checkpoint, tmp_path):
     assert '--out must be a .pkl file' in line
 
 
-def test_inference_inputs(classifier_checkpoint, tmp_path):
-    line = error_of('tools/infer.py', CLASSIFIER, classifier_checkpoint, tmp_path / 'no.jpg')
-    assert 'not found' in line
-    (tmp_path / 'empty').mkdir()
-    line = error_of('tools/infer.py', CLASSIFIER, classifier_checkpoint, tmp_path / 'empty')
-    assert 'no pictures' in line
-
-
 @pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
 def test_launchers_without_arguments_print_their_usage(script):
     result = run_tool(f'tools/{script}.sh', check=False)

@@ -126,7 +126,8 @@ def test_inference_and_deployment(trained, shapes, tmp_path):
         out = tmp_path / name
         run_tool('tools/infer.py', *args[:3], '--out-dir', out, *args[3:])
         assert len(list((out / 'vis').iterdir())) == 2
-        predictions[name] = sorted((out / 'preds').iterdir())
+        suffix = 'png' if task == 'segmentation' else 'json'
+        predictions[name] = sorted((out / 'preds').glob(f'*.{suffix}'))
         assert len(predictions[name]) == 2
     run_tool('tools/misc/make_sheet.py', tmp_path / 'plain/vis', sheet, '--size', 100)
     assert cv2.imread(str(sheet)).shape == (116, 224, 3)
