@@ -75,6 +75,8 @@ class KeyOnlyAttention(nn.Module):
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.saliency = nn.Parameter(torch.empty(num_heads, self.head_dims))
         nn.init.trunc_normal_(self.saliency, std=0.02)
+        # A module, so that hooks see the weights of every forward pass.
+        self.softmax = nn.Softmax(dim=-1)
 
     def saliency_weights(self, x: Tensor) -> Tensor:
         """Weight of every position in every head (Eq. 2).
@@ -88,7 +90,7 @@ class KeyOnlyAttention(nn.Module):
         """
         with autocast_off(x):
             scores = full_precision(x) @ full_precision(self._score_directions()).t()
-            return scores.transpose(1, 2).softmax(dim=-1)
+            return self.softmax(scores.transpose(1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention.
@@ -151,7 +153,7 @@ class KeyOnlyAttention(nn.Module):
             heads = full_precision(key).unflatten(-1, (self.num_heads, self.head_dims))
             saliency = full_precision(self.saliency) * self.scale
             logits = torch.einsum('bnhd,hd->bhn', heads, saliency)
-            context = torch.einsum('bhn,bnhd->bhd', logits.softmax(dim=-1), heads)
+            context = torch.einsum('bhn,bnhd->bhd', self.softmax(logits), heads)
         context = context.flatten(1).unsqueeze(1).to(key.dtype)
         return self.proj(self.mix(context * self.value(x)) + key)
 

@@ -1,0 +1,253 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""The weights that key-only attention gives to the positions of a picture (paper Eq. 2)."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from mmlinglo.models import LinGlo
+from mmlinglo.models.layers import KeyOnlyAttention
+from mmlinglo.utils.inference import UnreadableError, read_picture
+
+Block = Tuple[int, int]
+
+
+class Grid(NamedTuple):
+    """Where the positions of a stage lie: number i of a row is centred on pixel ``offset + i * stride``."""
+
+    stride: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class SaliencyMaps:
+    """What :func:`saliency_maps` returns.
+
+    Attributes:
+        weights: For each (stage, block), both numbered from 0, the weights of its
+            attention, (num_heads, H, W), on the CPU. Those of a head sum to 1 over
+            its H * W positions, padding included.
+        picture: The picture as the network saw it, resized and cropped but
+            neither normalized nor padded, (H, W, 3) RGB uint8; shades of grey for
+            a tensor.
+        grids: For each stage, where its positions lie on the picture.
+        skipped: For each stage without such weights, why.
+    """
+
+    weights: Dict[Block, Tensor]
+    picture: np.ndarray
+    grids: Dict[int, Grid]
+    skipped: Dict[int, str]
+
+    def on_picture(self, stage: int, block: int) -> Tensor:
+        """Weights of the positions nearest to each pixel of :attr:`picture`, (num_heads, H, W).
+
+        Raises:
+            KeyError: If the block has no weights.
+        """
+        weights = self.weights[stage, block]
+        stride, offset = self.grids[stage]
+        rows, columns = (
+            ((torch.arange(pixels) - offset) / stride)
+            .add(0.5)
+            .floor()
+            .long()
+            .clamp(0, positions - 1)
+            for pixels, positions in zip(self.picture.shape, weights.shape[1:])
+        )
+        return weights[:, rows][:, :, columns]
+
+    def padding_share(self, stage: int, block: int) -> Tensor:
+        """Part of each head's weight on positions centred outside of :attr:`picture`, (num_heads,).
+
+        Padding is to the right and below. The attention does not know of it.
+
+        Raises:
+            KeyError: If the block has no weights.
+        """
+        weights = self.weights[stage, block]
+        stride, offset = self.grids[stage]
+        height, width = (math.ceil((pixels - offset) / stride) for pixels in self.picture.shape[:2])
+        return weights[:, height:].sum((1, 2)) + weights[:, :height, width:].sum((1, 2))
+
+
+@torch.no_grad()
+def saliency_maps(
+    model: nn.Module, image: Union[str, Path, np.ndarray, Tensor], cfg: Optional[Config] = None
+) -> SaliencyMaps:
+    """Run a model on one picture and keep the weights of its key-only attention.
+
+    They are the very values of that forward pass, whichever order the attention
+    computes in: hooks take what its softmax returns.
+
+    Args:
+        model: Classifier, detector or segmentor with a LinGlo backbone, or the
+            backbone alone; in evaluation mode.
+        image: File, or pixels (H, W, 3) in BGR: they go through the config's test
+            pipeline and the whole model. Or a normalized image as a tensor
+            (C, H, W), which goes through the backbone alone.
+        cfg: Config of the experiment; None for the one that the toolboxes'
+            ``init_detector``, ``init_model`` and ``get_model`` keep in the model.
+
+    Raises:
+        UnreadableError: If the file is missing, damaged or no picture.
+        ValueError: If the model is in training mode, compiled, or has no key-only
+            attention; if it needs several passes for a picture, as with sliding
+            windows; if the image has another shape; if the config is not known.
+    """
+    backbone = _find_backbone(model)
+    attentions, skipped = _find_attentions(backbone)
+    if isinstance(image, Tensor):
+        channels = backbone.patch_embed.conv.in_channels
+        if image.dim() != 3 or len(image) != channels:
+            raise ValueError(
+                f'a tensor must have the shape ({channels}, H, W), got {tuple(image.shape)}'
+            )
+        grey = image.float().mean(dim=0, keepdim=True)
+        picture = _to_picture(grey, float(grey.min()), float(grey.max()))
+        with _record(backbone, attentions) as (shapes, results):
+            backbone(image[None].to(backbone.patch_embed.conv.weight))
+    else:
+        data = _preprocess(model, image, cfg)
+        picture = _to_picture(data['inputs'], 0, 255)
+        with _record(backbone, attentions) as (shapes, results):
+            model.test_step(pseudo_collate([data]))
+
+    if len(shapes) != 1 or shapes[0][0] != 1:
+        raise ValueError(
+            f'for one picture the backbone was run on inputs of the shapes {shapes}: the weights '
+            "are those of one pass, so set mode='whole' in model.test_cfg if it says 'slide', and "
+            'leave test-time augmentation out'
+        )
+    if not all(len(calls) == 1 for calls in results.values()):
+        raise ValueError('the hooks were not called: give the model as it was before torch.compile')
+    grids, sizes = _find_grids(backbone, shapes[0][2:])
+    weights = {
+        block: calls[0][0].unflatten(-1, sizes[block[0]]).cpu() for block, calls in results.items()
+    }
+    return SaliencyMaps(weights, picture, grids, skipped)
+
+
+def _find_backbone(model: nn.Module) -> LinGlo:
+    found = [module for module in model.modules() if isinstance(module, LinGlo)]
+    if len(found) != 1:
+        raise ValueError(
+            'expected a model with one LinGlo backbone, or the backbone, '
+            f'got a {type(model).__name__} with {len(found)} of them'
+        )
+    if model.training:
+        raise ValueError('saliency_maps() needs evaluation mode: call model.eval() first')
+    return found[0]
+
+
+def _find_attentions(backbone: LinGlo) -> Tuple[Dict[Block, KeyOnlyAttention], Dict[int, str]]:
+    attentions, skipped = {}, {}
+    for i, stage in enumerate(backbone.stages):
+        for j, block in enumerate(stage.blocks):
+            attention = getattr(block, 'attn', None)
+            if isinstance(attention, KeyOnlyAttention):
+                attentions[i, j] = attention
+            elif attention is None:
+                skipped[i] = f'{type(block).__name__} has no attention'
+            else:
+                skipped[i] = (
+                    f'{type(attention).__name__} weighs pairs of positions, not single ones'
+                )
+    if not attentions:
+        raise ValueError(
+            'this backbone has no key-only attention: '
+            + '; '.join(f'stage {i}: {reason}' for i, reason in skipped.items())
+        )
+    return attentions, skipped
+
+
+def _find_grids(
+    backbone: LinGlo, size: Tuple[int, int]
+) -> Tuple[Dict[int, Grid], Dict[int, Tuple[int, int]]]:
+    """Grid, height and width of each stage, for an input of ``size``."""
+    grids, sizes = {}, {}
+    stride, offset = 1, 0.0
+    for i, stage in enumerate(backbone.stages):
+        embed = stage.downsample if i else backbone.patch_embed
+        if embed is not None:
+            offset += stride * ((embed.conv.kernel_size[0] - 1) / 2 - embed.conv.padding[0])
+            stride *= embed.stride
+            size = (-(-size[0] // embed.stride), -(-size[1] // embed.stride))
+        grids[i], sizes[i] = Grid(stride, offset), size
+    return grids, sizes
+
+
+@contextmanager
+def _record(
+    backbone: LinGlo, attentions: Dict[Block, KeyOnlyAttention]
+) -> Iterator[Tuple[List[Tuple[int, ...]], Dict[Block, List[Tensor]]]]:
+    """Shapes of the backbone's inputs, and for each attention what its softmax returned."""
+    shapes: List[Tuple[int, ...]] = []
+    results: Dict[Block, List[Tensor]] = {block: [] for block in attentions}
+    handles = [
+        backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    ]
+    for block, attention in attentions.items():
+        calls = results[block]
+        handles.append(
+            attention.softmax.register_forward_hook(
+                lambda _module, _inputs, weights, calls=calls: calls.append(weights)
+            )
+        )
+    try:
+        yield shapes, results
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _preprocess(
+    model: nn.Module, image: Union[str, Path, np.ndarray], cfg: Optional[Config]
+) -> dict:
+    """Apply the config's test pipeline, without annotations."""
+    if cfg is None:
+        cfg = getattr(model, 'cfg', None) or getattr(model, '_config', None)
+    if cfg is None or not hasattr(model, 'test_step'):
+        raise ValueError(
+            'a file or an array needs a classifier, detector or segmentor and its config (cfg): '
+            f'for this {type(model).__name__} give a normalized tensor'
+        )
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
+    if 'pipeline' not in dataset:
+        raise ValueError('the config has no test_dataloader.dataset.pipeline to prepare the image')
+    if not isinstance(image, np.ndarray):
+        try:
+            image = read_picture(Path(image))
+        except UnreadableError as error:
+            raise UnreadableError(f'{str(image)!r}: {error}') from error
+    elif image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f'an array must have the shape (H, W, 3), got {image.shape}')
+    # Images are read here as the inferencers do, and annotations are not needed.
+    transforms = [transform for transform in dataset['pipeline'] if not _loads(transform)]
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        prepare = Compose(transforms)
+    shape = image.shape[:2]
+    return prepare(dict(img=image, img_path=None, img_id=0, img_shape=shape, ori_shape=shape))
+
+
+def _loads(transform: dict) -> bool:
+    kind = transform['type']  # a class in configs of pure Python
+    name = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
+    return name.startswith('LoadImage') or (name.startswith('Load') and 'Annotations' in name)
+
+
+def _to_picture(pixels: Tensor, low: float, high: float) -> np.ndarray:
+    """Map (C, H, W) in BGR, OpenMMLab's order, from [low, high] to (H, W, 3) in RGB."""
+    if len(pixels) != 3:
+        pixels = pixels.float().mean(dim=0, keepdim=True).expand(3, -1, -1)
+    scaled = (pixels.float() - low) / max(high - low, 1e-6)
+    return scaled.flip(0).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

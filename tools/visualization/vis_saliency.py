@@ -1,0 +1,96 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Draw what key-only attention weighs in pictures: one sheet a picture, with a map for each stage, block and head.
+
+OUT_DIR gets <picture>_saliency.png. Red positions have more weight than the mean of all, blue ones less. Pictures that
+cannot be read are reported, the rest is done, and the exit status is 1. From Python: mmlinglo.analysis.saliency_maps.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+from mmlinglo.analysis import saliency_maps
+from mmlinglo.analysis.saliency_figures import plot_saliency
+from mmlinglo.utils import load_checkpoint_file, load_model_weights
+from mmlinglo.utils.cli import UsageError, checked_device, config_parser, load_config, run
+from mmlinglo.utils.deploy import build_model, switch_to_deploy
+from mmlinglo.utils.inference import UnreadableError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config_parser(__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('images', nargs='+', metavar='image', help='picture file')
+    parser.add_argument('--out-dir', default='work_dirs/saliency', help='default: %(default)s')
+    parser.add_argument(
+        '--stages', nargs='+', type=int, help='stages to draw, from 0; default: all'
+    )
+    parser.add_argument(
+        '--blocks', nargs='+', type=int, help='blocks of each stage to draw, from 0; default: all'
+    )
+    parser.add_argument(
+        '--mean-heads', action='store_true', help='draw the mean over the heads of each block only'
+    )
+    parser.add_argument('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
+    parser.add_argument(
+        '--deploy', action='store_true', help='re-parameterise the model before running it'
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    missing = [image for image in args.images if not Path(image).is_file()]
+    if missing:
+        raise UsageError(f'no picture file {", ".join(map(repr, missing))}')
+    cfg = load_config(args.config, args.cfg_options)
+    device = checked_device(args.device)
+    checkpoint = load_checkpoint_file(args.checkpoint)
+    model = build_model(cfg).eval()
+    load_model_weights(model, checkpoint, args.checkpoint)
+    if args.deploy:
+        switch_to_deploy(model)
+    model.to(device)
+
+    damaged = 0
+    for image, sheet in name_sheets(args.images, Path(args.out_dir)).items():
+        try:
+            maps = saliency_maps(model, image, cfg)
+        except UnreadableError as error:
+            print(f'skipped: {error}', file=sys.stderr)
+            damaged += 1
+            continue
+        except ValueError as error:
+            raise UsageError(f'{args.config}, {image}: {error}') from error
+        title = f'{Path(image).name}, {Path(args.config).stem}'
+        try:
+            plot_saliency(maps, sheet, title, args.stages, args.blocks, args.mean_heads)
+        except ValueError as error:
+            raise UsageError(f'--stages, --blocks: {error}') from error
+        print(f'written: {sheet}')
+        for stage, reason in maps.skipped.items():
+            print(f'  without stage {stage}: {reason}')
+    if damaged:
+        raise UsageError(f'{damaged} of {len(args.images)} pictures could not be read')
+
+
+def name_sheets(images: List[str], out_dir: Path) -> Dict[str, Path]:
+    """File to write for each picture, none twice and none of the pictures themselves."""
+    taken = {os.path.realpath(image) for image in images}
+    sheets = {}
+    for image in dict.fromkeys(images):
+        for number in itertools.count(1):
+            suffix = f'_{number}' if number > 1 else ''
+            sheet = out_dir / f'{Path(image).stem}_saliency{suffix}.png'
+            if os.path.realpath(sheet) not in taken:
+                break
+        taken.add(os.path.realpath(sheet))
+        sheets[image] = sheet
+    return sheets
+
+
+if __name__ == '__main__':
+    run(main)
