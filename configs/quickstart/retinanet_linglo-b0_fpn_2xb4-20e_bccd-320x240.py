@@ -1,16 +1,18 @@
-"""The quickstart's recipe on one's own COCO-format data: `data_root` holds annotations/{train,val}.json, train/ and val/.
+"""The quickstart's small detector on real pictures: blood cells (BCCD, 292 pictures), in COCO format under `data_root`.
 
-Here blood cells (BCCD, 292 pictures): bash tools/dist_train.sh THIS_FILE 2
+    bash tools/dist_train.sh THIS_FILE 2
+
+For data of your own copy configs/custom/retinanet_linglo-b0_fpn_1xb8-50e_custom.py instead: docs/custom_dataset.md.
 """
 
 _base_ = './retinanet_linglo-b0_fpn_2xb4-3e_shapes.py'
 
-data_root = 'data/bccd/'
+data_root = 'data/bccd/'  # holds train/, val/ and annotations/{train,val}.json
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
 resize = dict(type='Resize', scale=(320, 240), keep_ratio=True)
 train_pipeline = [*_base_.train_pipeline[:2], resize, *_base_.train_pipeline[3:]]
 test_pipeline = [_base_.test_pipeline[0], resize, *_base_.test_pipeline[2:]]
-model = dict(bbox_head=dict(num_classes=3))
+model = dict(bbox_head=dict(num_classes=len(metainfo['classes'])))
 train_dataloader = dict(
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline)
 )
