@@ -1,10 +1,12 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """What is wrong with an environment, and the line to run: environments with one fault each."""
 
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -253,15 +255,33 @@ def test_torchvision_for_torch(torch, torchvision):
     assert check_env._torchvision_for(torch) == torchvision
 
 
-def test_versions_are_those_of_the_requirements():
-    lines = (ROOT / 'requirements/mminstall.txt').read_text().splitlines()
-    pinned = {line for line in lines if line and not line.startswith('#')}
-    assert pinned == {FORKS[name] for name in check_env.TOOLBOXES}
-    setup = (ROOT / 'tools/setup_env.sh').read_text()
-    torch = re.search(r'^TORCH=(.*)$', setup, re.MULTILINE)[1]
-    assert FORKS['torch'] == f'torch=={torch}'
-    torchvision = re.search(r'^TORCHVISION=(.*)$', setup, re.MULTILINE)[1]
+@pytest.mark.parametrize(('name', 'stack'), [('onedl', FORKS), ('openmmlab', ORIGINALS)])
+def test_versions_are_those_of_the_requirements(name, stack):
+    script = 'source tools/stack.sh; echo $TORCH $TORCHVISION $MMINSTALL'
+    torch, torchvision, requirements = subprocess.run(
+        ['bash', '-c', script],
+        cwd=ROOT,
+        env={**os.environ, 'MMLINGLO_STACK': name},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    lines = set(Path(requirements).read_text().splitlines())
+    assert {stack[name] for name in check_env.TOOLBOXES} <= lines
+    assert stack['torch'] == f'torch=={torch}'
     assert check_env._torchvision_for(torch) == torchvision
+
+
+def test_unknown_stack():
+    result = subprocess.run(
+        ['bash', 'tools/setup_env.sh'],
+        cwd=ROOT,
+        env={**os.environ, 'MMLINGLO_STACK': 'mmlab'},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: MMLINGLO_STACK is 'mmlab'; it can be onedl or openmmlab\n"
 
 
 def run_check(*folders):

@@ -1,7 +1,6 @@
-# To be sourced by the scripts beside it. Sets ROOT, the checkout, and PYTHON: as given, else the checkout's .venv,
+# To be sourced by the scripts beside it. Sets what stack.sh sets, and PYTHON: as given, else the stack's environment's,
 # else `python`.
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${MMLINGLO_VENV:-$ROOT/.venv}
+source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python
     if [ -x "$VENV/bin/python" ]; then PYTHON=$VENV/bin/python; fi

@@ -2,16 +2,14 @@
 # bash tools/setup_env.sh
 # Makes .venv with the pinned stack, or completes it after an interruption; does nothing if it is complete.
 # mmcv is compiled from source once for each torch, Python and CUDA version and kept in a wheel cache:
-#   MMLINGLO_VENV         the environment's folder (default: .venv in the checkout)
+#   MMLINGLO_STACK        onedl (default) or openmmlab: the maintained forks or the original OpenMMLab releases
+#   MMLINGLO_VENV         the environment's folder (default: .venv, or .venv-openmmlab, in the checkout)
 #   MMLINGLO_WHEEL_CACHE  the cache (default: ~/.cache/mmlinglo/wheels)
 #   MMCV_OPS=cpu          compile no CUDA operators on a machine with GPUs (no detection on the GPU then)
 #   PYTHON                the Python to make the environment from (default: python3.11, or 3.10, 3.12, 3.13)
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${MMLINGLO_VENV:-$ROOT/.venv}
+source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 CACHE=${MMLINGLO_WHEEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mmlinglo/wheels}
-TORCH=2.11.0
-TORCHVISION=0.26.0
 # mmcv's metadata needs setuptools >= 77, the original OpenMMLab releases need < 80
 BUILD_TOOLS=('setuptools>=77.0.3,<80' wheel ninja psutil)
 
@@ -20,21 +18,24 @@ fail() { echo "[setup_env] error: $*" >&2; exit 1; }
 
 cd "$ROOT"
 # Changes whenever one of these files does, and with the folder, which an environment cannot leave.
-stamp=$(cat tools/setup_env.sh setup.py requirements/*.txt <(echo "$VENV") | sha256sum | cut -d' ' -f1)
+stamp=$(cat tools/setup_env.sh tools/stack.sh setup.py requirements/*.txt <(echo "$VENV") | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$VENV/.mmlinglo-ready" 2>/dev/null)" = "$stamp" ]; then
     say "$VENV is ready"
     exit 0
 fi
 
 find_python() {
-    local name
-    for name in ${PYTHON:-python3.11 python3.10 python3.12 python3.13 python3}; do
-        if "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    local name names
+    # shellcheck disable=SC2086 # several versions
+    names=$(printf 'python%s ' $PYTHONS)
+    for name in ${PYTHON:-$names python3}; do
+        if "$name" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1].split())' "$PYTHONS" \
+            2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    fail "no Python 3.10 to 3.13 found: install python3.11, or name one with PYTHON=..."
+    fail "none of the Pythons $PYTHONS found: install python3.11, or name one with PYTHON=..."
 }
 # pip takes a package for installed whose files are only half there, so an interrupted environment is made anew.
 unfinished=$VENV/.mmlinglo-unfinished
@@ -53,13 +54,13 @@ pip=("$python" -m pip --disable-pip-version-check)
 say "installing torch $TORCH and torchvision $TORCHVISION (2 minutes, 5 GB)"
 "${pip[@]}" install -q "torch==$TORCH" "torchvision==$TORCHVISION" "${BUILD_TOOLS[@]}"
 
-mmcv=$(grep '^onedl-mmcv==' requirements/mminstall.txt)
+mmcv=$(grep "^$MMCV==" "$MMINSTALL")
 device=cpu
 if [ "${MMCV_OPS:-}" != cpu ]; then
     device=$("$python" -c 'import torch; c = torch.cuda.is_available(); print("cu" + torch.version.cuda if c else "cpu")')
 fi
 key=torch$TORCH-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-$device
-wheel_name=onedl_mmcv-${mmcv#*==}-*.whl
+wheel_name=${MMCV//-/_}-${mmcv#*==}-*.whl
 # shellcheck disable=SC2086 # a pattern
 wheel=$(compgen -G "$CACHE/$key/"$wheel_name | head -n 1 || true)
 if [ -z "$wheel" ]; then
@@ -91,7 +92,7 @@ say "installing $(basename "$wheel"), the toolboxes and the test tools (2 minute
 # A wheel of the same version may be there from another torch.
 "${pip[@]}" install -q --no-deps --force-reinstall "$wheel"
 "${pip[@]}" install -q "torch==$TORCH" "torchvision==$TORCHVISION" "${BUILD_TOOLS[@]}" \
-    -r requirements/mminstall.txt -r requirements/tests.txt -r requirements/analysis.txt
+    -r "$MMINSTALL" -r requirements/tests.txt -r requirements/analysis.txt
 "${pip[@]}" install -q --no-deps --no-build-isolation -e .
 
 # Two of the packages bring opencv-python, which needs libGL; a server without a screen may not have it.
