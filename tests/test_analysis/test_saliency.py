@@ -95,9 +95,9 @@ def orders_used(monkeypatch):
     for order in ('literal', 'folded', 'spared'):
         method = getattr(KeyOnlyAttention, f'_forward_{order}')
 
-        def spy(self, x, method=method, order=order):
+        def spy(self, x, outside=None, method=method, order=order):
             used.add(order)
-            return method(self, x)
+            return method(self, x, outside)
 
         monkeypatch.setattr(KeyOnlyAttention, f'_forward_{order}', spy)
     return used

@@ -120,7 +120,7 @@ def test_order_follows_the_shape(shape, folded, monkeypatch):
     assert deployed(attn)._folding_pays(torch.empty(shape, device='meta')) == (shape[1] > shape[2])
     taken = []
     for order in ('_forward_literal', '_forward_folded'):
-        monkeypatch.setattr(attn, order, lambda x, order=order: taken.append(order) or x)
+        monkeypatch.setattr(attn, order, lambda x, _, order=order: taken.append(order) or x)
     attn(torch.empty(shape, device='meta'))
     assert taken == ['_forward_folded' if folded else '_forward_literal']
 

@@ -1,6 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from contextlib import contextmanager, nullcontext
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from contextlib import nullcontext
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.model import (
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmlinglo.registry import MODELS
 from mmlinglo.utils.checkpoint import load_pretrained_backbone
 
+from ..data_preprocessors import IMAGE_SIZES
 from ..layers import (
     FFN,
     AbsolutePositionEmbedding,
@@ -28,6 +29,7 @@ from ..layers import (
     KeyOnlyAttention,
     LayerNorm,
     PatchEmbed,
+    zero_outside,
 )
 
 ATTENTIONS = {'key_only': KeyOnlyAttention, 'dot_product': DotProductAttention}
@@ -37,6 +39,7 @@ CONDITIONAL_ENCODINGS = {  # paper Table 6
     'P-CPE': dict(num_branches=4, skip=False),
     'RP-CPE': dict(num_branches=4, skip=True),
 }
+ImageSizes = Sequence[Tuple[int, int]]
 POS_ENCODINGS = (*CONDITIONAL_ENCODINGS, 'absolute', None)
 
 
@@ -56,23 +59,29 @@ class LinGloStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.with_cp = with_cp
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C_in) to (B, ceil(H / s), ceil(W / s), C) with the downsample's stride s or 1."""
+    def forward(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
+        """Map (B, H, W, C_in) to (B, ceil(H / s), ceil(W / s), C) with the downsample's stride s or 1.
+
+        ``outside`` are those of the result's positions that lie outside of their image,
+        (B, ceil(H / s), ceil(W / s), 1) bool, and become zeros; None if there are none.
+        """
         if self.downsample is not None:
             x = self.downsample(x.permute(0, 3, 1, 2))
         if self.pos_embed is not None:
             x = self.pos_embed(x)
+        mask = () if outside is None else (outside,)
         for block in self.blocks:
             if self.with_cp and x.requires_grad:
                 x = checkpoint(
                     block,
                     x,
+                    *mask,
                     use_reentrant=False,
-                    context_fn=lambda block=block: (nullcontext(), _keep_running_stats(block)),
+                    context_fn=lambda block=block: (nullcontext(), _KeepRunningStats(block)),
                 )
             else:
-                x = block(x)
-        return x
+                x = block(x, *mask)
+        return zero_outside(x, outside)
 
 
 @MMENGINE_MODELS.register_module()
@@ -120,6 +129,11 @@ class LinGlo(BaseModule):
         norm_cfg: Norm of the branches of the positional encodings.
         norm_eval: Whether batch norms stay in evaluation mode, with fixed
             statistics, also in training.
+        mask_padding: Whether an image's features are to be the same however far its
+            batch pads it: positions outside of the image get no saliency weight and
+            are zeros to every convolution. Not so in the paper. It needs the images'
+            sizes, see :meth:`forward`, and no convolutional blocks and no absolute
+            embedding. Batch norms in training still count the padding, as zeros.
         with_cp: Whether to recompute the blocks in the backward pass, which
             costs time and saves memory. Running statistics are updated once.
         deploy: Whether to build the re-parameterised form, see
@@ -197,6 +211,7 @@ class LinGlo(BaseModule):
         qkv_bias: bool = True,
         norm_cfg: Optional[dict] = dict(type='BN'),  # noqa: B006
         norm_eval: bool = False,
+        mask_padding: bool = False,
         with_cp: bool = False,
         deploy: bool = False,
         init_cfg: Union[dict, List[dict], None] = None,
@@ -215,6 +230,12 @@ class LinGlo(BaseModule):
                 f'layout {layout!r} has convolutional blocks, whose convolution is pos_encoding: it '
                 f'must be one of {list(CONDITIONAL_ENCODINGS)}, got {pos_encoding!r}'
             )
+        if mask_padding and ('C' in self.layout or pos_encoding == 'absolute'):
+            raise ValueError(
+                'mask_padding=True does not go with convolutional blocks, whose excitation averages '
+                f"over the padded map, nor with pos_encoding='absolute', which is stretched over it; "
+                f'got layout={layout!r}, pos_encoding={pos_encoding!r}'
+            )
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages must be in [-1, {num_stages}], got {frozen_stages}')
         if not 0 <= drop_path_rate < 1:
@@ -226,6 +247,7 @@ class LinGlo(BaseModule):
         self.out_indices = self._parse_out_indices(out_indices, num_stages)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.mask_padding = mask_padding
         self.deploy = deploy
 
         num_blocks = sum(depths)
@@ -251,29 +273,41 @@ class LinGlo(BaseModule):
                 module.weight.data = module.weight.data.clone(memory_format=torch.channels_last)
         self._freeze_stages()
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor, image_sizes: Optional[ImageSizes] = None) -> Tuple[Tensor, ...]:
         """Extract feature maps.
 
         Args:
             x: Normalized images, (B, in_channels, H, W), of any H and W >= 32.
+            image_sizes: Height and width in pixels of each image before the padding
+                that its batch put to its right and below it. Used with
+                ``mask_padding`` only. None for what the data preprocessors
+                ``mmlinglo.SizedDetDataPreprocessor`` and
+                ``mmlinglo.SizedSegDataPreProcessor`` have left at ``x``.
 
         Returns:
             One (B, C_i, ceil(H / s_i), ceil(W / s_i)) map per entry of
             ``out_indices``, in its order, with s = 4, 8, 16, 32 in the paper's
-            sizes (the products of ``arch['strides']``).
+            sizes (the products of ``arch['strides']``). With ``mask_padding`` the
+            first ceil(h / s_i) rows and ceil(w / s_i) columns of an image of h x w
+            pixels are those of the image alone.
 
         Raises:
-            ValueError: If H or W is below 32.
+            ValueError: If H or W is below 32, or the image sizes are needed and
+                missing, or do not fit.
         """
         if min(x.shape[-2:]) < 32:
             raise ValueError(
                 f'images must be at least 32 pixels high and wide, got a batch of shape '
                 f'{tuple(x.shape)}: resize or pad them'
             )
+        masks = [None] * len(self.stages)
+        if self.mask_padding:
+            image_mask, *masks = self._padding_masks(x, image_sizes)
+            x = zero_outside(x.permute(0, 2, 3, 1), image_mask).permute(0, 3, 1, 2)
         x = self.patch_embed(x)
         outs = {}
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
+        for i, (stage, outside) in enumerate(zip(self.stages, masks)):
+            x = stage(x, outside)
             if i in self.out_indices:
                 outs[i] = getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2)
         return tuple(outs[i] for i in self.out_indices)
@@ -356,6 +390,40 @@ class LinGlo(BaseModule):
             depth = 1 + sum(len(stage.blocks) for stage in self.stages[: int(names[1])])
             return depth + (int(names[3]) if names[2] == 'blocks' else 0), num_layers
         return num_layers - 1, num_layers
+
+    def _padding_masks(
+        self, x: Tensor, image_sizes: Optional[ImageSizes]
+    ) -> List[Optional[Tensor]]:
+        """Positions outside of their image, (B, H, W, 1) bool, of the input and of each stage.
+
+        None instead of each if no image is padded.
+        """
+        if image_sizes is None:
+            image_sizes = getattr(x, IMAGE_SIZES, None)
+        if image_sizes is None:
+            raise ValueError(
+                'mask_padding=True needs the sizes of the images before padding: set '
+                "data_preprocessor.type='mmlinglo.SizedDetDataPreprocessor' (mmdet) or "
+                "'mmlinglo.SizedSegDataPreProcessor' (mmseg) in the config, or pass image_sizes"
+            )
+        height, width = x.shape[-2:]
+        sizes = [tuple(int(pixels) for pixels in size) for size in image_sizes]
+        if len(sizes) != len(x) or not all(0 < h <= height and 0 < w <= width for h, w in sizes):
+            raise ValueError(
+                f'image_sizes must be the height and width of each image in a batch of shape '
+                f'{tuple(x.shape)}, got {sizes}'
+            )
+        if all(size == (height, width) for size in sizes):
+            return [None] * (len(self.stages) + 1)
+        masks, ends = [], torch.tensor(sizes, device=x.device)
+        for stride in (1, *self.arch['strides'][: len(self.stages)]):
+            height, width, ends = -(-height // stride), -(-width // stride), -(-ends // stride)
+            below, right = (
+                torch.arange(length, device=x.device) >= end[:, None]
+                for length, end in zip((height, width), ends.unbind(1))
+            )
+            masks.append((below[:, :, None] | right[:, None]).unsqueeze(-1))
+        return masks
 
     def _build_block(self, stage: int, drop_path: float) -> nn.Module:
         embed_dims, mlp_ratio = self.arch['embed_dims'][stage], self.arch['mlp_ratio'][stage]
@@ -453,20 +521,27 @@ def _init_layer(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.pos_embed, std=0.02)
 
 
-@contextmanager
-def _keep_running_stats(module: nn.Module) -> Iterator[None]:
+class _KeepRunningStats:
     """Keep batch norms in training mode from updating their statistics a second time.
 
     By a momentum of 0 and not through ``track_running_stats``, which would
-    change what autograd saves and so break the recomputation.
+    change what autograd saves and so break the recomputation. It can be entered
+    again, for a second backward pass through the same graph.
     """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches_tracked) in zip(norms, before):
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.before = [
+            (norm, norm.momentum, norm.num_batches_tracked.clone())
+            for norm in self.norms
+            if norm.track_running_stats
+        ]
+        for norm, _, _ in self.before:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, num_batches_tracked in self.before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(num_batches_tracked)

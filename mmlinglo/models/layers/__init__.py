@@ -1,6 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 from .attention import DotProductAttention, KeyOnlyAttention
-from .blocks import FFN, ConvBlock, HybridBlock
+from .blocks import FFN, ConvBlock, HybridBlock, zero_outside
 from .patch_embed import LayerNorm, PatchEmbed
 from .positional_encoding import AbsolutePositionEmbedding, ConditionalPositionalEncoding
 
@@ -14,4 +14,5 @@ __all__ = [
     'KeyOnlyAttention',
     'LayerNorm',
     'PatchEmbed',
+    'zero_outside',
 ]

@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -78,11 +78,12 @@ class KeyOnlyAttention(nn.Module):
         # A module, so that hooks see the weights of every forward pass.
         self.softmax = nn.Softmax(dim=-1)
 
-    def saliency_weights(self, x: Tensor) -> Tensor:
+    def saliency_weights(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
         """Weight of every position in every head (Eq. 2).
 
         Args:
             x: Tokens X, (B, N, C).
+            outside: Positions that get no weight, (B, N) bool; None for none.
 
         Returns:
             Weights A, (B, num_heads, N), which sum to 1 over the N positions;
@@ -90,20 +91,25 @@ class KeyOnlyAttention(nn.Module):
         """
         with autocast_off(x):
             scores = full_precision(x) @ full_precision(self._score_directions()).t()
-            return self.softmax(scores.transpose(1, 2))
+            return self._normalize(scores.transpose(1, 2), outside)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
         """Apply the attention.
 
         Args:
             x: Tokens X, (B, N, C).
+            outside: Positions outside of their image, (B, N) bool, which the
+                others do not depend on; None for none. Each image has at least
+                one position inside.
 
         Returns:
             Tokens Y, (B, N, C).
         """
         if self._folding_pays(x):
-            return self._forward_folded(x)
-        return self._forward_spared(x) if self._is_precomputed else self._forward_literal(x)
+            return self._forward_folded(x, outside)
+        if self._is_precomputed:
+            return self._forward_spared(x, outside)
+        return self._forward_literal(x, outside)
 
     def switch_to_deploy(self) -> None:
         """Compute the products of weights once, for evaluation; outputs agree to rounding.
@@ -147,18 +153,24 @@ class KeyOnlyAttention(nn.Module):
             return not statically_known_true(loses)
         return torch.jit.is_tracing() or not loses
 
-    def _forward_literal(self, x: Tensor) -> Tensor:
+    def _normalize(self, scores: Tensor, outside: Optional[Tensor]) -> Tensor:
+        if outside is not None:
+            scores = scores.masked_fill(outside.unsqueeze(1), float('-inf'))
+        return self.softmax(scores)
+
+    def _forward_literal(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
         key = self.key(x)
         with autocast_off(x):
             heads = full_precision(key).unflatten(-1, (self.num_heads, self.head_dims))
             saliency = full_precision(self.saliency) * self.scale
             logits = torch.einsum('bnhd,hd->bhn', heads, saliency)
-            context = torch.einsum('bhn,bnhd->bhd', self.softmax(logits), heads)
+            weights = self._normalize(logits, outside)
+            context = torch.einsum('bhn,bnhd->bhd', weights, heads)
         context = context.flatten(1).unsqueeze(1).to(key.dtype)
         return self.proj(self.mix(context * self.value(x)) + key)
 
-    def _forward_folded(self, x: Tensor) -> Tensor:
-        context = self._context(x)
+    def _forward_folded(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
+        context = self._context(x, outside)
         # Small products, whose rounding would reach every position: at least float32.
         with autocast_off(x):
             u_12, w_key_u_2, shift = (full_precision(product) for product in self._products())
@@ -170,15 +182,15 @@ class KeyOnlyAttention(nn.Module):
                 bias = shift + (context * full_precision(self.value.bias)) @ u_12
         return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, matrix.to(x.dtype))
 
-    def _forward_spared(self, x: Tensor) -> Tensor:
+    def _forward_spared(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
         u_12, w_key_u_2, shift = self._products()
-        modulated = self._context(x).unsqueeze(1).to(x.dtype) * self.value(x)
+        modulated = self._context(x, outside).unsqueeze(1).to(x.dtype) * self.value(x)
         return F.linear(x, w_key_u_2.t(), shift) + modulated @ u_12
 
-    def _context(self, x: Tensor) -> Tensor:
+    def _context(self, x: Tensor, outside: Optional[Tensor]) -> Tensor:
         """Global context G without keys, (B, C), at least float32."""
         with autocast_off(x):
-            pooled = self.saliency_weights(x) @ full_precision(x)
+            pooled = self.saliency_weights(x, outside) @ full_precision(x)
             context = torch.einsum('bhc,hdc->bhd', pooled, self._key_heads()).flatten(1)
             return context if self.key.bias is None else context + full_precision(self.key.bias)
 
@@ -240,11 +252,12 @@ class DotProductAttention(nn.Module):
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, N, C) to tokens (B, N, C)."""
+    def forward(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C), as :class:`KeyOnlyAttention` does."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query, key, value)
+        inside = None if outside is None else ~outside[:, None, None]
+        out = F.scaled_dot_product_attention(query, key, value, inside)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:

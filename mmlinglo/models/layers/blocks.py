@@ -39,14 +39,18 @@ class FFN(nn.Module):
         self.excitation = excitation or nn.Identity()
         self.fc2 = nn.Linear(feedforward_channels, embed_dims)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H, W, C)."""
+    def forward(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
+        """Map (B, H, W, C) to (B, H, W, C).
+
+        Positions ``outside`` of their image, (B, H, W, 1) bool, are zeros to the
+        positional encoding; None if there are none.
+        """
         if self._fusing_pays(x):
-            return self._forward_fused(x)
+            return self._forward_fused(x, outside)
         if self._images_pay(x):
-            return self._forward_by_images(x)
+            return self._forward_by_images(x, outside)
         # A (B, H, W, C) tensor permuted to (B, C, H, W) is a channels-last map: no copy.
-        x = self.pos_encoding(self.fc1(x).permute(0, 3, 1, 2))
+        x = self.pos_encoding(zero_outside(self.fc1(x), outside).permute(0, 3, 1, 2))
         return self.fc2(self.excitation(self.act(x)).permute(0, 2, 3, 1))
 
     def _fusing_pays(self, x: Tensor) -> bool:
@@ -90,8 +94,8 @@ class FFN(nn.Module):
     def _hidden_size(self, x: Tensor) -> int:
         return x[..., 0].numel() * self.fc1.out_features
 
-    def _forward_by_images(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
+    def _forward_by_images(self, x: Tensor, outside: Optional[Tensor]) -> Tensor:
+        hidden = zero_outside(self.fc1(x), outside)
         pending = PendingGradient() if self.pos_encoding.uses_batch_statistics else None
         kernel, bias = self.pos_encoding.kernel_and_bias(hidden.permute(0, 3, 1, 2), pending)
         return linear_by_images(
@@ -104,13 +108,22 @@ class FFN(nn.Module):
             pending=pending,
         )
 
-    def _forward_fused(self, x: Tensor) -> Tensor:
+    def _forward_fused(self, x: Tensor, outside: Optional[Tensor]) -> Tensor:
         kernel, bias = self.pos_encoding.kernel_and_bias(x)
         if self._hidden_size(x) <= CHUNK_ELEMENTS:
-            return onednn.linear(self._hidden(x, kernel, bias), self.fc2.weight, self.fc2.bias)
-        return torch.cat([self._forward_bands(image, kernel, bias) for image in x.split(1)])
+            hidden = self._hidden(x, outside, kernel, bias)
+            return onednn.linear(hidden, self.fc2.weight, self.fc2.bias)
+        masks = [None] * len(x) if outside is None else outside.split(1)
+        return torch.cat(
+            [
+                self._forward_bands(image, mask, kernel, bias)
+                for image, mask in zip(x.split(1), masks)
+            ]
+        )
 
-    def _forward_bands(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    def _forward_bands(
+        self, x: Tensor, outside: Optional[Tensor], kernel: Tensor, bias: Tensor
+    ) -> Tensor:
         """One image, (1, H, W, C), in bands of rows whose hidden map stays in the cache."""
         height = x.shape[1]
         num_bands = -(-self._hidden_size(x) // CHUNK_ELEMENTS)
@@ -118,14 +131,23 @@ class FFN(nn.Module):
         bands = []
         for start in range(0, height, rows):
             above = min(start, 1)  # the convolution sees a row more on either side
-            hidden = self._hidden(x[:, start - above : start + rows + 1], kernel, bias)
+            seen = slice(start - above, start + rows + 1)
+            mask = None if outside is None else outside[:, seen]
+            hidden = self._hidden(x[:, seen], mask, kernel, bias)
             hidden = hidden[:, above : above + rows]
             bands.append(onednn.linear(hidden, self.fc2.weight, self.fc2.bias))
         return torch.cat(bands, dim=1)
 
-    def _hidden(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-        hidden = onednn.linear(x, self.fc1.weight, self.fc1.bias).permute(0, 3, 1, 2)
-        return onednn.depthwise_conv_gelu(hidden, kernel, bias).permute(0, 2, 3, 1)
+    def _hidden(self, x: Tensor, outside: Optional[Tensor], kernel: Tensor, bias: Tensor) -> Tensor:
+        hidden = zero_outside(onednn.linear(x, self.fc1.weight, self.fc1.bias), outside)
+        return onednn.depthwise_conv_gelu(hidden.permute(0, 3, 1, 2), kernel, bias).permute(
+            0, 2, 3, 1
+        )
+
+
+def zero_outside(x: Tensor, outside: Optional[Tensor]) -> Tensor:
+    """Positions ``outside`` of their image, (B, H, W, 1) bool, as zeros; ``x`` as it is for None."""
+    return x if outside is None else x.masked_fill(outside, 0)
 
 
 def _encode(hidden: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -156,10 +178,15 @@ class HybridBlock(nn.Module):
         self.ffn = ffn
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x).flatten(1, 2)).view_as(x))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+    def forward(self, x: Tensor, outside: Optional[Tensor] = None) -> Tensor:
+        """Map (B, H, W, C) to (B, H, W, C).
+
+        What comes out inside of an image does not depend on the positions ``outside``
+        of it, (B, H, W, 1) bool; None if there are none.
+        """
+        tokens = None if outside is None else outside.flatten(1)
+        x = x + self.drop_path(self.attn(self.norm1(x).flatten(1, 2), tokens).view_as(x))
+        return x + self.drop_path(self.ffn(self.norm2(x), outside))
 
 
 class ConvBlock(nn.Module):
