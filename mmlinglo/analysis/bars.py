@@ -153,10 +153,20 @@ def attention_speed(rounds: int) -> Iterator[Bar]:
 
 
 def attention_never_slower(rounds: int) -> Iterator[Bar]:
-    """The worst of all attention shapes of b0, b1, b2 at 224 (batch 1, 8) and 800 x 1344 (batch 1)."""
+    """The worst of all attention shapes of b0, b1, b2 at 224 (batch 1, 8) and 800 x 1344 (batch 1).
+
+    The largest of many noisy ratios is mostly noise, so the four shapes that look
+    worst are measured once more, in four times the rounds, and these count.
+    """
     for train_step in (False, True):
         times = {shape: _attention_times(shape, train_step, rounds) for shape in attention_shapes()}
-        worst = max(times, key=lambda shape: times[shape][0] / times[shape][1])
+
+        def ratio(shape: AttentionShape, times: Dict[AttentionShape, Pair] = times) -> float:
+            return times[shape][0] / times[shape][1]
+
+        suspects = sorted(times, key=ratio)[-4:]
+        times.update({s: _attention_times(s, train_step, 4 * rounds) for s in suspects})
+        worst = max(suspects, key=ratio)
         yield Bar(
             f'{_attention_title(train_step)}, worst of {len(times)} shapes',
             _attention_shape(worst),
@@ -219,24 +229,41 @@ def attention_memory(execution: Execution) -> Iterator[Bar]:
 
 def positional_encoding(execution: Execution, rounds: int) -> Iterator[Bar]:
     """Training of LinGlo-b0 with RP-CPE as one convolution against its four branches."""
-    times, kept = call_in_fresh_process(_encoding_costs, execution, rounds)
+    (ours, theirs, least), kept = call_in_fresh_process(_encoding_costs, execution, rounds)
     what, where = (
         'LinGlo-b0, RP-CPE as one convolution against four branches',
         _shape(16, CLASSIFICATION),
     )
-    yield Bar(f'{what}, forward + backward', where, 'ms', *times, at_most=0.45)
+    yield Bar(f'{what}, forward + backward', where, 'ms', ours, theirs, at_most=0.45)
+    yield Bar(
+        'LinGlo-b0, one plain convolution without norm against four branches, forward + backward',
+        where,
+        'ms',
+        least,
+        theirs,
+    )
     yield Bar(f'{what}, kept for the backward', where, 'MiB', *kept, at_most=0.5)
 
 
-def _encoding_costs(execution: Execution, rounds: int) -> Tuple[Pair, Pair]:
+def _encoding_costs(execution: Execution, rounds: int) -> Tuple[Tuple[float, float, float], Pair]:
+    """Milliseconds of ours, the four branches, and the least there can be; MiB of the first two."""
     execution.prepare_process()
     model = PooledBackbone(LinGlo('b0', out_indices=-1)).train()
+    plain = LinGlo('b0', out_indices=-1, pos_encoding='CPE', norm_cfg=None)
     images = torch.randn(16, 3, *CLASSIFICATION)
     step = make_step(model, images, train_step=True)
-    times = _times(step, _in_context(step, literal_branches), rounds)
+    steps = dict(
+        ours=step,
+        theirs=_in_context(step, literal_branches),
+        least=make_step(PooledBackbone(plain).train(), images, train_step=True),
+    )
+    times = measure(steps, rounds=rounds, warmup=2)
     forward = partial(model, images)
-    steps = (forward, _in_context(forward, literal_branches))
-    return times, tuple(saved_mib(step, model.parameters()) for step in steps)
+    kept = (forward, _in_context(forward, literal_branches))
+    return (
+        tuple(1e3 * times[name].median for name in steps),
+        tuple(saved_mib(step, model.parameters()) for step in kept),
+    )
 
 
 def peers(execution: Execution, rounds: int) -> Iterator[Bar]:

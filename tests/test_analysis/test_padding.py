@@ -1,0 +1,55 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmlinglo.analysis.padding import LABELS, feature_shift, measure_cost, measure_shifts
+
+
+class MeanOfAll(nn.Module):
+    """Last map: the mean of the whole picture, at each position of stride 32."""
+
+    def forward(self, x):
+        last = F.avg_pool2d(x, 32)
+        return [x, x.mean((2, 3), keepdim=True).expand_as(last)]
+
+
+def test_shift_of_a_mean():
+    """Padding to twice the width halves the mean, to four times quarters it."""
+    image = torch.rand(3, 32, 64)
+    assert feature_shift(MeanOfAll(), image, 64) == pytest.approx(0.5)
+    assert feature_shift(MeanOfAll(), image, 192) == pytest.approx(0.75)
+    assert feature_shift(MeanOfAll(), image, 0) == 0
+
+
+def test_only_the_left_half_counts():
+    class Local(nn.Module):
+        def forward(self, x):
+            return [F.avg_pool2d(x, (32, 65), 32, padding=(0, 32))]  # sees 32 pixels more on a side
+
+    assert feature_shift(Local(), torch.rand(3, 32, 128), 32) == 0
+
+
+@pytest.mark.parametrize(('width', 'padding', 'message'), [(96, 32, 'got 96'), (64, -1, 'got -1')])
+def test_wrong_input(width, padding, message):
+    with pytest.raises(ValueError, match=message):
+        feature_shift(MeanOfAll(), torch.rand(3, 32, width), padding)
+
+
+def test_shifts_of_the_backbones():
+    rows = list(measure_shifts([64], size=64, seeds=range(2)))
+    assert [row['backbone'] for row in rows] == list(LABELS)
+    for row in rows:
+        assert row['shift_min'] <= row['shift'] <= row['shift_max']
+        expected = row['shift'] < 1e-3 if 'mask' in row['backbone'] else row['shift'] > 1
+        assert expected, row
+
+
+def test_cost_compares_the_same_work():
+    rows = measure_cost([(64, 96), (64, 64)], rounds=2)
+    assert [row['work'] for row in rows] == ['inference', 'training step']
+    for row in rows:
+        assert row['ratio'] == pytest.approx(row['masked_ms'] / row['plain_ms'])
+    with pytest.raises(ValueError, match='got 1'):
+        measure_cost([(64, 96)], rounds=1)
