@@ -3,10 +3,13 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 
 from .precision import autocast_off, full_precision
 
+# Whether code that is compiled may ask if a size is known. At 2.5 it may not, from 2.9 on it may.
+SIZES_CAN_BE_ASKED = digit_version(torch.__version__) >= digit_version('2.9')
 # Buffers of the deployed form, see _score_directions and _products.
 PRODUCTS = ('score_directions', 'value_product', 'key_product', 'shift')
 
@@ -146,12 +149,12 @@ class KeyOnlyAttention(nn.Module):
             loses = num_tokens <= channels
         else:
             loses = 3 * batch_size * num_tokens <= 2 * (batch_size + 2) * channels
-        if torch.compiler.is_compiling():
+        # A free size must not decide: the guard would narrow the sizes that the graph accepts.
+        if torch.compiler.is_compiling() and SIZES_CAN_BE_ASKED:
             from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-            # A free size must not decide: the guard would narrow the sizes that the graph accepts.
             return not statically_known_true(loses)
-        return torch.jit.is_tracing() or not loses
+        return torch.compiler.is_compiling() or torch.jit.is_tracing() or not loses
 
     def _normalize(self, scores: Tensor, outside: Optional[Tensor]) -> Tensor:
         if outside is not None:
