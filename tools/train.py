@@ -6,6 +6,7 @@ import argparse
 import torch
 from mmengine.runner import Runner
 
+from mmlinglo.engine import end_with_torchrun
 from mmlinglo.utils.cli import UsageError, load_runner_config, run, runner_parser
 
 
@@ -28,6 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    end_with_torchrun()
     cfg = load_runner_config(args)
     if args.amp:
         if not torch.cuda.is_available():

@@ -4,9 +4,9 @@ docs/custom_dataset.md goes through it. Set the variables here, in the copy: wha
 derived again when a config that inherits from this one, or --cfg-options, changes only the variable.
 """
 
-import colorsys
-
 _base_ = '../ade20k/fpn_linglo-b0_8xb4-40k_ade20k-512x512.py'  # or -b1, -b2: nothing else changes
+
+import colorsys  # noqa: E402  below _base_, or mmengine 0.10.7 takes this for a pure Python config
 
 # ---- to be set
 # holds images/{training,validation}/ and annotations/{training,validation}/

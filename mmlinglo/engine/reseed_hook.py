@@ -42,7 +42,8 @@ class ReseedHook(Hook):
     - Iteration-based schedules whose sampler has no ``skip``, such as
       ``DefaultSampler``, and loaders whose ``worker_init_fn`` takes no
       ``seed``: the augmentation by the workers differs.
-    - A validation that was interrupted: mmengine goes on after it.
+    - A validation that was interrupted, without ``SafeCheckpointHook``, which
+      repeats it: mmengine goes on after it.
     - GPU kernels that are not deterministic (see ``randomness.deterministic``).
 
     New workers cost what starting them costs, per epoch or checkpoint;

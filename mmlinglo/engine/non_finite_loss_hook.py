@@ -1,0 +1,176 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+from math import inf
+from pathlib import Path
+from typing import Iterator, List, Optional
+
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from mmlinglo.registry import HOOKS
+
+from .errors import TrainingError
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+@HOOKS.register_module()
+class NonFiniteLossHook(Hook):
+    """Let no training go on with a loss that is NaN or infinite, and save no such weights.
+
+    With ``action='stop'`` the training ends. Every loss counts, also between
+    the checks; only looking at the result waits for the GPU, and happens every
+    ``interval`` iterations and before each checkpoint. On the CPU it happens
+    in every iteration.
+
+    With ``action='skip'`` an optimizer step whose gradients are not finite is
+    left out, momentum and weight decay included; buffers, such as batch-norm
+    statistics, that became non-finite return to what they were. Gradients are
+    the same on all ranks, so all of them leave out the same steps. With
+    gradient accumulation, one such loss spoils the step of all that were
+    accumulated with it. This waits for the GPU in every iteration. With mixed
+    precision, torch's gradient scaler leaves out such steps anyway; those
+    whose loss is finite are not counted.
+
+    Either way no checkpoint, the best one included, is written whose
+    parameters are not finite or whose buffers hold NaN.
+
+    Args:
+        action: ``'stop'`` or ``'skip'``.
+        interval: Iterations between the checks of ``action='stop'`` on a GPU.
+        max_skips: ``action='skip'`` ends the training if more than so many
+            steps in a row had to be left out.
+
+    Raises:
+        ValueError: If ``action`` is another word.
+        TrainingError: While training, with the iteration, the learning rate
+            and the last checkpoint.
+    """
+
+    priority = 'ABOVE_NORMAL'  # before AverageBuffersHook spreads and CheckpointHook saves
+
+    def __init__(self, action: str = 'stop', interval: int = 50, max_skips: int = 10) -> None:
+        if action not in ('stop', 'skip'):
+            raise ValueError(f"action must be 'stop' or 'skip', got {action!r}")
+        self.action = action
+        self.interval = interval
+        self.max_skips = max_skips
+        self._first: Optional[Tensor] = None  # iteration of the first non-finite loss
+        self._skips = 0  # in a row
+        self._step_left_out = False
+        self._buffers: List[Tensor] = []  # as before the iteration
+
+    def before_train(self, runner: Runner) -> None:
+        """Watch the optimizer's steps, if they are to be skipped."""
+        if self.action == 'skip':
+            for optimizer in _optimizers(runner):
+                optimizer.register_step_pre_hook(self._leave_out_non_finite)
+
+    def before_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,  # noqa: ARG002
+        data_batch: Optional[dict] = None,  # noqa: ARG002
+    ) -> None:
+        """Remember the buffers."""
+        if self.action == 'skip':
+            self._buffers = [buffer.clone() for buffer in _float_buffers(runner)]
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,  # noqa: ARG002
+        data_batch: Optional[dict] = None,  # noqa: ARG002
+        outputs: Optional[dict] = None,
+    ) -> None:
+        """Look at the loss."""
+        loss = outputs.get('loss') if isinstance(outputs, dict) else None
+        if not isinstance(loss, Tensor):
+            return
+        if self.action == 'skip':
+            self._after_step(runner, outputs)
+            return
+        first = loss.new_full((), NEVER, dtype=torch.int64) if self._first is None else self._first
+        self._first = torch.where(loss.isfinite().all(), first, first.clamp(max=runner.iter + 1))
+        if loss.device.type == 'cpu' or self.every_n_train_iters(runner, self.interval):
+            self._check(runner, outputs)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse to save what is not finite."""
+        self._check(runner)
+        parameters = {name for name, _ in runner.model.named_parameters()}
+        parameters |= {name[len('module.') :] for name in parameters if name.startswith('module.')}
+        for name, value in checkpoint['state_dict'].items():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            # some models have buffers that are infinite for a reason, such as attention masks
+            wrong = ~value.isfinite() if name in parameters else value.isnan()
+            if wrong.any():
+                raise TrainingError(
+                    f'{name} is not finite {_where(runner, runner.iter)}; it was not saved'
+                )
+
+    def _check(self, runner: Runner, outputs: Optional[dict] = None) -> None:
+        if self._first is not None and int(self._first) != NEVER:
+            raise TrainingError(
+                f'{_describe(outputs, "the loss was not finite")} {_where(runner, int(self._first))}. Lower the learning rate, '
+                'clip gradients (optim_wrapper.clip_grad), look at the data '
+                '(tools/misc/check_dataset.py), or skip such steps (--cfg-options '
+                'default_hooks.non_finite.action=skip)'
+            )
+
+    def _leave_out_non_finite(self, optimizer: Optimizer, *_: object) -> None:
+        """Before a step: drop the gradients if they are not finite, which leaves nothing to do."""
+        groups = optimizer.param_groups
+        parameters = [p for group in groups for p in group['params'] if p.grad is not None]
+        # the norm of all of them; without a limit nothing is clipped
+        if clip_grad_norm_(parameters, max_norm=inf).isfinite():
+            self._skips = 0
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            self._step_left_out = True
+
+    def _after_step(self, runner: Runner, outputs: dict) -> None:
+        left_out, self._step_left_out = self._step_left_out, False
+        # torch's gradient scaler leaves out a step by itself, before the optimizer sees it
+        if not left_out and outputs['loss'].isfinite().all():
+            return
+        for buffer, before in zip(_float_buffers(runner), self._buffers):
+            buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
+        self._skips += 1
+        message = (
+            f'{_describe(outputs, "a gradient is not finite")} {_where(runner, runner.iter + 1)}'
+        )
+        if self._skips > self.max_skips:
+            raise TrainingError(f'{message}: more than {self.max_skips} such steps in a row')
+        runner.logger.warning(f'{message}: this step is left out')
+
+
+def _optimizers(runner: Runner) -> List[Optimizer]:
+    wrapper = runner.optim_wrapper
+    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return [each.optimizer for each in wrappers]
+
+
+def _float_buffers(runner: Runner) -> Iterator[Tensor]:
+    return (buffer for buffer in runner.model.buffers() if buffer.is_floating_point())
+
+
+def _describe(outputs: Optional[dict], otherwise: str) -> str:
+    """The losses that are not finite, if they are at hand."""
+    losses = {k: v for k, v in (outputs or {}).items() if isinstance(v, Tensor)}
+    wrong = [f'{k} is {v.item()}' for k, v in losses.items() if v.numel() == 1 and not v.isfinite()]
+    return ', '.join(wrong) or otherwise
+
+
+def _where(runner: Runner, iteration: int) -> str:
+    """Iteration, learning rate and last checkpoint."""
+    rates = ', '.join(f'{name} {v[0]:.3g}' for name, v in runner.optim_wrapper.get_lr().items())
+    pointer = Path(runner.work_dir, 'last_checkpoint')
+    last = pointer.read_text() if pointer.is_file() else 'none'
+    return f'at iteration {iteration} on rank {get_rank()} ({rates}; last checkpoint: {last})'

@@ -1,0 +1,258 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import errno
+import os
+import os.path as osp
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Dict, List, Optional, Union
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.fileio import LocalBackend, get_file_backend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import EpochBasedTrainLoop, Runner
+
+from mmlinglo.registry import HOOKS
+
+from .errors import TrainingError
+
+BACKEND = 'mmlinglo.whole_files'
+PARTIAL = '.partial'  # ends the name of a file that is being written
+REPLACED = 'replaced_best_ckpts'  # best checkpoints before the last validation
+LAST = 'last_checkpoint'  # mmengine's file with the name of the latest checkpoint
+
+
+@register_backend(BACKEND)
+class WholeFileBackend(LocalBackend):
+    """Local files that are whole or not there, whenever the process or the machine stops."""
+
+    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+        """Write beside ``filepath``, flush to the disk, and only then take its name.
+
+        Raises:
+            TrainingError: If the disk or the quota is full. ``filepath`` is as
+                it was before, and what was written is removed.
+        """
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(f'{path}{PARTIAL}')
+        try:
+            with open(partial, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = shutil.disk_usage(path.parent).free
+            raise TrainingError(
+                f'{path.name} needs {_megabytes(len(obj))}, of which {path.parent} has '
+                f'{_megabytes(free)} free ({error.strerror}); the checkpoints before it are whole'
+            ) from error
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself
+        finally:
+            os.close(folder)
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's ``CheckpointHook``, with a whole checkpoint on the disk at every moment.
+
+    mmengine removes the outdated checkpoint before it writes the new one, and
+    writes it under its final name. A process that is killed in between leaves
+    half a checkpoint, with ``max_keep_ckpts=1`` nothing else, and ``resume``
+    fails. This hook
+
+    - writes to ``NAME.partial`` and renames it when it is on the disk,
+    - then updates ``last_checkpoint`` likewise, and only then removes what is
+      outdated; so there must be room for one checkpoint more,
+    - saves a new best checkpoint before it removes the one before,
+    - resumes (``resume=True``, ``load_from=None``) from the newest whole
+      checkpoint if ``last_checkpoint`` names none; rank 0 chooses for all,
+    - removes what a killed run left behind when the next one starts:
+      ``*.partial``, and what it had not come to remove,
+    - repeats the validation of the checkpoint that is resumed, since the run
+      may have been killed in it: otherwise its score would never be known and
+      the best checkpoint could be another one. Only with ``save_best``.
+
+    Arguments, file names and the content of the checkpoints are mmengine's.
+    Remote ``out_dir``, given ``backend_args`` and the directories that
+    DeepSpeed writes are left to mmengine's own way of writing.
+
+    Raises:
+        TrainingError: While saving, if the disk is full, with the room needed
+            and free; before training, if ``last_checkpoint`` names a missing
+            file and there is no whole checkpoint beside it.
+    """
+
+    def before_run(self, runner: Runner) -> None:
+        """Choose what to resume from."""
+        # private, but the same in all releases, and read only after this hook
+        if runner._resume and runner._load_from is None and self._is_local(runner):
+            found = [self._find_whole(runner) if is_main_process() else None]
+            broadcast_object_list(found)
+            runner._load_from = found[0]
+            runner._resume = found[0] is not None
+            if not runner._resume:
+                runner.logger.info(f'No checkpoint in {runner.work_dir} yet: starting anew.')
+
+    def before_train(self, runner: Runner) -> None:
+        """Write whole files from here on, and catch up on what a killed run left undone."""
+        if self._is_local(runner):
+            self.backend_args = dict(backend=BACKEND)
+        super().before_train(runner)
+        if self.backend_args == dict(backend=BACKEND) and is_main_process():
+            for partial in Path(self.out_dir).glob(f'*{PARTIAL}'):
+                runner.logger.info(f'Removing {partial}, which a killed run left behind.')
+                partial.unlink(missing_ok=True)
+        if self.save_best is not None and is_main_process():
+            replaced = runner.message_hub.runtime_info.get(REPLACED, [])
+            for path in set(replaced) - set(self._best_paths().values()):
+                self._remove(path)
+        if self.save_best is not None and runner.iter > 0 and self._is_validated_here(runner):
+            runner.logger.info('Repeating the validation of the resumed checkpoint.')
+            runner.val_loop.run()
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        """Save, then name the checkpoint in ``last_checkpoint``, then remove the outdated one."""
+        outdated = []
+        if self.max_keep_ckpts > 0 and list(self.keep_ckpt_ids)[-1:] != [step]:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                outdated.append(self.keep_ckpt_ids.popleft())
+            self.keep_ckpt_ids.append(step)
+            # mmengine removes the first of too many when it resumes, if the next lines do not
+            runner.message_hub.update_info('keep_ckpt_ids', [*outdated, *self.keep_ckpt_ids])
+
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            WholeFileBackend().put(self.last_ckpt.encode(), osp.join(runner.work_dir, LAST))
+            for old in outdated:
+                self._remove(
+                    self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+                )
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint, then remove the one before."""
+        if not self.save_best:
+            return
+        before = self._best_paths()
+        # so that a run that was killed before the removal below does it when it is resumed
+        runner.message_hub.update_info(REPLACED, [path for path in before.values() if path])
+        # mmengine removes these first; it has nothing to remove if it does not know them
+        self._set_best_paths(dict.fromkeys(before))
+        super()._save_best_checkpoint(runner, metrics)
+        after = self._best_paths()
+        self._set_best_paths({key: after[key] or path for key, path in before.items()})
+        for key, path in before.items():
+            if path and after[key] and path != after[key] and is_main_process():
+                self._remove(path)
+
+    def _best_paths(self) -> Dict[str, Optional[str]]:
+        if len(self.key_indicators) == 1:
+            # not by its indicator, which may be 'auto' until the first validation
+            return {'': self.best_ckpt_path}
+        return dict(self.best_ckpt_path_dict)
+
+    def _set_best_paths(self, paths: Dict[str, Optional[str]]) -> None:
+        if len(self.key_indicators) == 1:
+            (self.best_ckpt_path,) = paths.values()
+        else:
+            self.best_ckpt_path_dict = paths
+
+    def _remove(self, path: str) -> None:
+        if osp.dirname(path) != str(self.out_dir).rstrip('/'):
+            return  # of another work dir, a checkpoint of which was resumed here
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):  # DeepSpeed's
+            self.file_backend.rmtree(path)
+
+    def _is_local(self, runner: Runner) -> bool:
+        """Whether nothing but local files is asked for."""
+        if self.backend_args is not None or self.file_client_args is not None:
+            return False
+        return type(get_file_backend(self.out_dir or runner.work_dir)) is LocalBackend
+
+    def _is_validated_here(self, runner: Runner) -> bool:
+        """Whether a validation follows the epoch or iteration that was resumed."""
+        loop = runner.train_loop
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        if runner.val_loop is None or by_epoch != self.by_epoch:
+            return False
+        loop._decide_current_val_interval()
+        now, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
+        return now >= loop.val_begin and (now % loop.val_interval == 0 or now == last)
+
+    def _find_whole(self, runner: Runner) -> Optional[str]:
+        """The newest whole checkpoint: that of ``last_checkpoint``, unless it is missing or older.
+
+        Raises:
+            TrainingError: If ``last_checkpoint`` names a file that is missing
+                or broken and no other one is whole.
+        """
+        pointer = Path(runner.work_dir, LAST)
+        text = pointer.read_text().strip() if pointer.is_file() else ''
+        named = Path(text) if text else None
+        if named is not None and named.is_dir():
+            return text  # DeepSpeed's
+        folder = Path(runner.work_dir)
+        if self.out_dir is not None and Path(self.out_dir) != folder:
+            folder = Path(self.out_dir, folder.name)
+        others = self._whole_checkpoints(folder)
+        if named is not None and named.is_file() and zipfile.is_zipfile(named):
+            step, time = self._step(named), named.stat().st_mtime
+            # killed between the checkpoint and last_checkpoint; an older run's may have a higher step
+            others = [p for p in others if self._step(p) > step and p.stat().st_mtime > time]
+            found = others[-1] if others else named
+        elif others:
+            found = others[-1]
+            if named is not None:
+                runner.logger.warning(
+                    f'{pointer} names {named}, which is no whole checkpoint: '
+                    f'resuming from {found}, the newest that is'
+                )
+        elif named is not None:
+            raise TrainingError(
+                f'{pointer} names {named}, which is no whole checkpoint, and {folder} has no '
+                f'other one: restore it, or remove {pointer} to start anew'
+            )
+        else:
+            return None
+        return str(found)
+
+    def _whole_checkpoints(self, folder: Path) -> List[Path]:
+        """Regular checkpoints that torch finished writing, the newest last."""
+        # torch.save writes a zip archive, which has its table of contents at its end
+        paths = [p for p in folder.glob('*') if self._step(p) >= 0 and zipfile.is_zipfile(p)]
+        return sorted(paths, key=lambda p: (p.stat().st_mtime, self._step(p)))
+
+    def _step(self, path: Path) -> int:
+        """Epoch or iteration in the name of a regular checkpoint; -1 for other names."""
+        before, after = (re.escape(part) for part in self.filename_tmpl.split('{}'))
+        match = re.fullmatch(rf'{before}(\d+){after}', path.name)
+        return int(match.group(1)) if match else -1
+
+
+def _megabytes(size: int) -> str:
+    return f'{size / 1e6:.1f} MB'
