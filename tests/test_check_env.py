@@ -288,7 +288,12 @@ def run_check(*folders):
     path = ':'.join(map(str, folders))
     return subprocess.run(
         [sys.executable, '-m', 'mmlinglo.check_env'],
-        env={'PYTHONPATH': f'{path}:{ROOT}', 'CUDA_VISIBLE_DEVICES': '', 'PATH': '/usr/bin:/bin'},
+        env={
+            'PYTHONPATH': f'{path}:{ROOT}',
+            'PYTHONWARNINGS': 'ignore::DeprecationWarning',  # of the toolboxes
+            'CUDA_VISIBLE_DEVICES': '',
+            'PATH': '/usr/bin:/bin',
+        },
         capture_output=True,
         text=True,
         timeout=600,

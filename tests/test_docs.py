@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
 
+import mmengine
 import pytest
 from conftest import ROOT
 from mmengine.config import Config
@@ -56,6 +57,10 @@ PASSES_ON_TO = {
     'tools/slurm_train.sh': 'tools/train.py',
     'tools/dist_test.sh': 'tools/test.py',
     'tools/slurm_test.sh': 'tools/test.py',
+}
+NOT_WITH_THE_ORIGINALS = {  # pages with a block that fails there, and why
+    'docs/deployment.md': 'torch.export.Dim.DYNAMIC needs torch 2.6',
+    'docs/visualization.md': "mmsegmentation 1.2.2's browse_dataset fails with its OpenCV",
 }
 # Options of other programs that the text explains.
 FOREIGN_OPTIONS = {
@@ -169,6 +174,8 @@ def problems_of_paths(text: str, page: str) -> Iterator[str]:
     for path, unfinished in re.findall(pattern, text):
         if unfinished or any(f'{path}/'.startswith(f'{each}/') for each in made):
             continue
+        if path.startswith('mmlinglo/.mim'):
+            continue  # in wheels only
         if not (ROOT / path).exists() and not beside(page, path).exists():
             yield f'no file {path!r}'
 
@@ -456,6 +463,8 @@ def sandbox(tmp_path_factory):
     'page', sorted({page for kind in ('runs', 'runs after') for page, _ in marked(kind)})
 )
 def test_page_runs(page, sandbox):
+    if page in NOT_WITH_THE_ORIGINALS and mmengine.__version__ == '0.10.7':
+        pytest.skip(NOT_WITH_THE_ORIGINALS[page])
     sandbox.run_page(page)
 
 

@@ -16,7 +16,14 @@ from rich.console import Console
 from rich.progress import track
 
 from mmlinglo.utils import load_checkpoint_file
-from mmlinglo.utils.cli import UsageError, checked_device, config_parser, load_config, run
+from mmlinglo.utils.cli import (
+    UsageError,
+    add_trust_argument,
+    checked_device,
+    config_parser,
+    load_config,
+    run,
+)
 from mmlinglo.utils.inference import (
     DRAWINGS,
     PICTURE_SUFFIXES,
@@ -44,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--deploy', action='store_true', help='re-parameterise the model before running it'
     )
+    add_trust_argument(parser)
     return parser.parse_args()
 
 
@@ -116,7 +124,7 @@ def main() -> None:
     device = checked_device(args.device)
 
     def build() -> Predictor:
-        checkpoint = load_checkpoint_file(args.checkpoint)
+        checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
         try:
             return build_predictor(
                 cfg, checkpoint, args.checkpoint, device, args.score_thr, args.deploy

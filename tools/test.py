@@ -77,7 +77,7 @@ def main() -> None:
         enable_visualization(cfg, args)
     if args.out is not None:
         save_predictions(cfg, args)
-    checkpoint = load_checkpoint_file(args.checkpoint)
+    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
     cfg.load_from = args.checkpoint
     runner = StrictRunner.from_cfg(cfg)
     runner.checkpoint = checkpoint

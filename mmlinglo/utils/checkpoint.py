@@ -2,41 +2,55 @@
 """Checkpoints that either load whole or raise, and never run code from a file."""
 
 import json
+import os
 import os.path as osp
+import re
+from contextlib import nullcontext
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
+from urllib.parse import urlparse
 
-import numpy as np
 import torch
 from mmengine.fileio import get_local_path
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
+
+from .safe_globals import runner_globals
 
 MISSING_PRETRAINED = """\
 pretrained weights {source!r} not found. Either
   - train them: bash tools/dist_train.sh configs/imagenet/linglo-b0_8xb128_in1k.py 8 (or b1, b2), or
   - name another file or URL: --cfg-options model.backbone.init_cfg.checkpoint=FILE, or
   - train from scratch: --cfg-options model.backbone.init_cfg=None"""
+UNSAFE = (
+    '{source!r} cannot be read safely: {reason}. Loading it in full would run whatever code is in it. '
+    'Only if you know who made it, give --trust-checkpoint to the tool, or make a file of it that needs '
+    'no trust: tools/model_converters/publish_model.py --trust-checkpoint'
+)
+# All of mmengine's but the names of model zoos, which lead to the unsafe loader of URLs.
+SCHEMES = ['', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://']
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is unreadable, unsafe, or of another model."""
 
 
-def load_checkpoint_file(source: str) -> dict:
+def load_checkpoint_file(source: str, trust: bool = False) -> dict:
     """Read a checkpoint onto the CPU without running code from it.
 
     Besides tensors and plain containers only the classes that mmengine's
     runner puts into its checkpoints are accepted. torch below 2.5 cannot make
-    that exception; there the file is unpickled in full, as mmengine does.
+    that exception: there, files that :file:`publish_model.py` has written are read.
 
     Args:
         source: Path, URL, or URI of any mmengine file backend. A name that ends with
             ``.safetensors`` is read as such.
+        trust: Whether to unpickle the file in full, which runs whatever code is in it.
 
     Returns:
-        The content, always a dict.
+        The content, always a dict; if it has ``meta``, that is one too.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
@@ -45,36 +59,84 @@ def load_checkpoint_file(source: str) -> dict:
     source = osp.expanduser(source)
     if '://' not in source and not osp.isfile(source):
         raise FileNotFoundError(f'checkpoint {source!r} not found')
-    if source.endswith('.safetensors'):
-        return _load_safetensors(source)
     try:
         if source.startswith(('http://', 'https://')):
-            checkpoint = _torch_load(torch.hub.load_state_dict_from_url, source)
+            checkpoint = _read(_downloaded(source), source, trust)
         else:
             with get_local_path(source) as path:
-                checkpoint = _torch_load(torch.load, path)
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f'{source!r} is no checkpoint that can be read safely: {_first_line(error)}'
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f'{source!r} is damaged: {_first_line(error)}') from error
+                checkpoint = _read(path, source, trust)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f'{source!r} cannot be read: {_reason(error)}') from error
+    except Exception as error:  # any: a damaged or forged file gets anywhere
+        reason = _reason(error)
+        if isinstance(error, UnpicklingError) and 'operand' not in reason:
+            message = UNSAFE.format(source=source, reason=reason)
+        else:
+            message = f'{source!r} is damaged or no checkpoint: {reason}'
+        raise CheckpointError(message) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f'{source!r} holds a {type(checkpoint).__name__}, expected a dict with weights'
         )
+    if not isinstance(checkpoint.get('meta', {}), (dict, type(None))):
+        raise CheckpointError(f"{source!r} is no checkpoint: its 'meta' is no dict")
     return checkpoint
 
 
-def _load_safetensors(source: str) -> dict:
+def use_in_mmengine(trust: bool = False) -> None:
+    """Let mmengine read checkpoints by :func:`load_checkpoint_file`, in this process.
+
+    Its own loader tries to read safely, with exceptions that run code, and then reads in full. Here,
+    what the runner loads and resumes from and the ``Pretrained`` weights of all models come through
+    ours, onto the CPU, and weights with NaN are refused. What mmengine loads in other ways,
+    such as from model zoos, torch itself is told to read safely.
+
+    Args:
+        trust: Whether to unpickle the files in full.
+    """
+
+    def load_from_file(filename: str, *_: Any, **__: Any) -> dict:
+        checkpoint = load_checkpoint_file(filename, trust)
+        check_finite(find_state_dict(checkpoint), filename)
+        if not trust and checkpoint.get('meta'):
+            checkpoint['meta'].pop('config', None)  # Python that Runner.resume would run
+        return checkpoint
+
+    CheckpointLoader.register_scheme(SCHEMES, load_from_file, force=True)
+    if not trust:
+        os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)  # torch refuses both
+        os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+
+
+def _read(path: str, source: str, trust: bool) -> Any:
+    if source.endswith('.safetensors'):
+        return _load_safetensors(path)
+    if trust:
+        return torch.load(path, map_location='cpu', weights_only=False)
+    allowed = nullcontext()
+    if hasattr(torch.serialization, 'safe_globals'):
+        allowed = torch.serialization.safe_globals(runner_globals())
+    with allowed:
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _downloaded(url: str) -> str:
+    """Where torch.hub keeps a file; its loader unpacks old archives first, and reads in full by default."""
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(url).path))
+    if not osp.exists(path):
+        os.makedirs(osp.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, path)
+    return path
+
+
+def _load_safetensors(path: str) -> dict:
     """Tensors as ``state_dict``, and as ``meta`` what ``publish_model.py`` wrote beside them."""
     safetensors = import_safetensors()
-    try:
-        with get_local_path(source) as path, safetensors.safe_open(path, framework='pt') as file:
-            weights = {key: file.get_tensor(key) for key in file.keys()}
-            meta = json.loads((file.metadata() or {}).get('meta', '{}'))
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f'{source!r} is damaged: {_first_line(error)}') from error
+    with safetensors.safe_open(path, framework='pt') as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}
+        meta = json.loads((file.metadata() or {}).get('meta', '{}'))
     return dict(meta=meta, state_dict=weights)
 
 
@@ -102,7 +164,7 @@ def find_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
     return {
         key[len('module.') :] if key.startswith('module.') else key: value
         for key, value in checkpoint.items()
-        if isinstance(value, Tensor)
+        if isinstance(key, str) and isinstance(value, Tensor)
     }
 
 
@@ -115,11 +177,42 @@ def load_model_weights(model: nn.Module, checkpoint: dict, source: str) -> None:
         source: Name for the error message.
 
     Raises:
-        CheckpointError: If the weights are another model's.
+        CheckpointError: If the weights are another model's, or not finite.
     """
     weights, expected = find_state_dict(checkpoint), model.state_dict()
     _check(weights, expected, source, unexpected=[key for key in weights if key not in expected])
+    check_finite(weights, source, expected)
     model.load_state_dict(weights)
+
+
+def check_finite(
+    weights: Dict[str, Tensor], source: str, expected: Optional[Dict[str, Tensor]] = None
+) -> None:
+    """Refuse weights with which every output would be NaN, as a diverged training leaves them.
+
+    Args:
+        weights: The weights.
+        source: Name for the error message.
+        expected: Those of a model of this kind. Infinities are refused as well then,
+            except where this model has them itself, as masks of an attention do.
+
+    Raises:
+        CheckpointError: If there are any; names the tensors.
+    """
+    wrong = []
+    for key, value in weights.items():
+        if not _is_plain(value):
+            continue
+        unusable = value.isnan()
+        if expected is not None and key in expected:
+            unusable = ~value.isfinite() & expected[key].isfinite().to(value.device)
+        if unusable.any():
+            wrong.append(f'{key} ({int(unusable.sum())} of {value.numel()} numbers)')
+    if wrong:
+        raise CheckpointError(
+            f'{source!r} has {len(wrong)} tensors with NaN or infinity: {_shorten(wrong)}. '
+            'Its training has diverged: take an earlier checkpoint'
+        )
 
 
 def load_pretrained_backbone(
@@ -139,7 +232,7 @@ def load_pretrained_backbone(
 
     Raises:
         FileNotFoundError: If ``source`` does not exist; says what to do.
-        CheckpointError: If tensors are missing or have other shapes.
+        CheckpointError: If tensors are missing, have other shapes or are not finite.
     """
     try:
         weights = find_state_dict(load_checkpoint_file(source))
@@ -153,7 +246,9 @@ def load_pretrained_backbone(
     output_norms = {key for key in expected if key.split('.')[0][:-1] == 'norm'}
     new = [key for key in expected if key in output_norms and key not in weights]
     shared = {key: weights[key] for key in expected if key in weights}
-    _check(shared, {k: v for k, v in expected.items() if k not in new}, source, unexpected=[])
+    required = {key: value for key, value in expected.items() if key not in new}
+    _check(weights, required, source, unexpected=[])
+    check_finite(shared, source, expected)
     backbone.load_state_dict(shared, strict=False)
     print_log(
         f'{type(backbone).__name__}: loaded {len(shared)} of {len(expected)} backbone tensors '
@@ -172,11 +267,13 @@ def _check(
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
+    odd = [key for key in expected if key in weights and not _is_plain(weights[key])]
     problems = [
         f'{len(keys)} tensors {what}: {_shorten(keys)}'
         for what, keys in (
             ('missing', missing),
             ('of another shape', shapes),
+            ('sparse, quantized or without values', odd),
             ('unexpected', unexpected),
         )
         if keys
@@ -192,7 +289,16 @@ def _check(
         '.branches.' in k for k in weights
     ):
         hint = '. If the file was re-parameterised, build the model with deploy=True'
+    elif missing:
+        longer = [key for key in weights if key.endswith(f'.{missing[0]}')]
+        if longer:
+            prefix = longer[0][: -len(missing[0])]
+            hint = f'. The file has {missing[0]} as {longer[0]}: name the prefix {prefix!r}, or remove it'
     raise CheckpointError(f'{source!r} does not fit this model: ' + '; '.join(problems) + hint)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return weight.layout == torch.strided and not weight.is_quantized and not weight.is_meta
 
 
 def _shorten(items: List[str], limit: int = 4) -> str:
@@ -200,22 +306,9 @@ def _shorten(items: List[str], limit: int = 4) -> str:
     return ', '.join(items[:limit]) + (f' and {more} more' if more > 0 else '')
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _torch_load(load, source: str):  # noqa: ANN001, ANN202
-    if not hasattr(torch.serialization, 'safe_globals'):
-        return load(source, map_location='cpu')
-    core = np._core if hasattr(np, '_core') else np.core
-    runner_classes = [
-        HistoryBuffer,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
-        np.ndarray,
-        np.dtype,
-        *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64', 'uint32')),
-        getattr,  # of HistoryBuffer's methods; what it returns cannot be called by the file
-    ]
-    with torch.serialization.safe_globals(runner_classes):
-        return load(source, map_location='cpu', weights_only=True)
+def _reason(error: Exception) -> str:
+    """First sentence of an error; of torch's safe reader, of what it found and not of its advice."""
+    if isinstance(error, UnpicklingError) and isinstance(error.__context__, UnpicklingError):
+        error = error.__context__
+    text = str(error).strip() or type(error).__name__
+    return re.split(r'\.?(?:\s*\n|\.\s|\.$)', text, maxsplit=1)[0]

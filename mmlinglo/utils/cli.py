@@ -2,6 +2,7 @@
 """What the command lines under ``tools/`` have in common."""
 
 import argparse
+import logging
 import os
 import os.path as osp
 import sys
@@ -10,10 +11,11 @@ from typing import Callable, Optional
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.logging import print_log
 
-from mmlinglo.engine import prepare_cpu_distributed
+from mmlinglo.engine import TrainingError, prepare_cpu_distributed
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, use_in_mmengine
 
 
 class UsageError(Exception):
@@ -26,6 +28,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UsageError, CheckpointError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
+    except TrainingError as error:
+        # A data worker's message has a traceback in front, which ends with the class and the message.
+        message = str(error).splitlines()[-1].split(f'{TrainingError.__name__}: ')[-1]
+        print_log(message, logger='current', level=logging.ERROR)  # also into the log file
+        sys.exit(f'error: {message}')
     except KeyError as error:
         # mmengine's registries raise it for a `type` that no package has registered.
         if 'registry' not in str(error):
@@ -47,6 +54,16 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-checkpoint``, for :func:`mmlinglo.utils.load_checkpoint_file`."""
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints in full, which runs whatever code is in them: only if you know who '
+        'made them; default: read weights, numbers and texts, and refuse the rest',
+    )
+
+
 def runner_parser(description: str) -> argparse.ArgumentParser:
     """Parser with the arguments that ``train.py`` and ``test.py`` share."""
     parser = config_parser(description)
@@ -56,6 +73,7 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    add_trust_argument(parser)
     return parser
 
 
@@ -105,8 +123,15 @@ def checked_device(name: Optional[str]) -> str:
 
 
 def load_runner_config(args: argparse.Namespace) -> Config:
-    """Read the config for a Runner and prepare this process for ``args.launcher``."""
+    """Read the config for a Runner and prepare this process for ``args.launcher``.
+
+    Whatever mmengine loads here is read safely, unless ``args.trust_checkpoint``.
+
+    Raises:
+        UsageError: If the config cannot be used, or the launcher not on this machine.
+    """
     cfg = load_config(args.config, args.cfg_options)
+    use_in_mmengine(args.trust_checkpoint)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

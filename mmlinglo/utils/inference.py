@@ -214,9 +214,11 @@ def build_predictor(
 
 def dataset_meta(cfg: Config, checkpoint: dict) -> dict:
     """Names and colours of the classes: the checkpoint's, else those of the config's test data."""
-    stored = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-    meta = {key.lower(): value for key, value in stored.items()}
-    if not meta.get('classes'):
+    stored = (checkpoint.get('meta') or {}).get('dataset_meta')
+    meta = {}
+    if isinstance(stored, dict):
+        meta = {str(key).lower(): value for key, value in stored.items()}
+    if not meta.get('classes') or not isinstance(meta['classes'], (list, tuple)):
         dataset = copy.deepcopy(cfg.test_dataloader.dataset)
         dataset.lazy_init = True  # the data themselves are not needed
         meta = dict(DATASETS.build(dataset).metainfo)

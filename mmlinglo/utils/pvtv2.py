@@ -115,9 +115,9 @@ def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weigh
         name = key[len(prefix) :]
         for pattern, replacement in _TO_TIMM[stem]:
             name = re.sub(pattern, replacement, name)
-        if re.search(r'\.mlp\.fc\d\.weight$', name):
+        if re.search(r'\.mlp\.fc\d\.weight$', name) and value.dim() == 4:
             value = value.flatten(1)  # mmdet's are 1x1 convolutions
-        if '.attn.qkv.' in name:
+        if '.attn.qkv.' in name and value.dim() > 0:
             channels = len(value) // 3
             backbone[name.replace('.qkv.', '.q.')] = value[:channels]
             backbone[name.replace('.qkv.', '.kv.')] = value[channels:]

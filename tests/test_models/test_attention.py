@@ -125,6 +125,23 @@ def test_order_follows_the_shape(shape, folded, monkeypatch):
     assert taken == ['_forward_folded' if folded else '_forward_literal']
 
 
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+@pytest.mark.parametrize('channels', [4, 12])
+def test_order_changes_where_its_cost_does(batch_size, channels):
+    """Multiply-adds as the class counts them, at each number of tokens around the change."""
+    attn = KeyOnlyAttention(channels, 1)
+    prepared = deployed(attn)
+    taken = []
+    for tokens in range(1, 4 * channels):
+        x = torch.empty(batch_size, tokens, channels, device='meta')
+        literal = 4 * batch_size * tokens * channels**2
+        folded = batch_size * (tokens * channels**2 + channels**3) + 2 * channels**3
+        taken.append(attn._folding_pays(x))
+        assert taken[-1] == (8 * folded < 5 * literal), tokens
+        assert prepared._folding_pays(x) == (tokens > channels)
+    assert set(taken) == {True, False}
+
+
 def test_names_and_shapes():
     attn = KeyOnlyAttention(64, 2)
     shapes = {name: tuple(p.shape) for name, p in attn.named_parameters()}

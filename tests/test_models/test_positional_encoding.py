@@ -288,3 +288,13 @@ def test_every_batch_norm_of_a_config_is_computed_as_one_convolution(norm):
     assert encoding.is_linear
     x = torch.randn(2, 4, 5, 6)
     assert_close(encoding(x), encoding._forward_branches(x))
+
+
+def test_the_deployed_form_gives_its_convolution():
+    """By which a feed-forward network fuses it with what follows."""
+    encoding = ConditionalPositionalEncoding(4, deploy=True)
+    assert encoding.is_linear
+    assert not encoding.uses_batch_statistics
+    kernel, bias = encoding.kernel_and_bias(torch.randn(1, 4, 5, 5))
+    assert kernel is encoding.reparam.weight
+    assert bias is encoding.reparam.bias

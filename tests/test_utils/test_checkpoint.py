@@ -1,6 +1,10 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 from collections import OrderedDict
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_ARCH, randomize_norms_
@@ -158,3 +162,114 @@ def test_the_class_as_type_is_as_strict(tmp_path):
     init_cfg = dict(type=PretrainedInit, checkpoint=str(tmp_path / 'cls.pth'), prefix='backbone.')
     with pytest.raises(CheckpointError, match='saliency'):
         LinGlo(arch=TINY_ARCH, init_cfg=init_cfg).init_weights()
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_file_cut_off_anywhere_is_an_error(tmp_path, zipped):
+    file = tmp_path / 'cut.pth'
+    torch.save(
+        {'state_dict': {'weight': torch.rand(50)}}, file, _use_new_zipfile_serialization=zipped
+    )
+    content = file.read_bytes()
+    for length in range(0, len(content), 7):
+        file.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=r'cut\.pth'):
+            load_checkpoint_file(str(file))
+
+
+@pytest.mark.parametrize(
+    'metadata', ['3', '[]', '{', '[' * 100_000, '"' + 'x' * 9], ids=lambda text: text[:3]
+)
+def test_safetensors_with_odd_metadata(tmp_path, metadata):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    file = str(tmp_path / 'odd.safetensors')
+    save_file({'weight': torch.rand(2)}, file, metadata=dict(meta=metadata))
+    with pytest.raises(CheckpointError, match=r'odd\.safetensors'):
+        load_checkpoint_file(file)
+
+
+def test_what_a_file_may_hold_besides_tensors(tmp_path):
+    """Numbers of numpy of either major version, and arrays of them; no texts or objects."""
+    content = dict(
+        score=np.float64(3.5),
+        seed=np.uint32(2**31),
+        flag=np.bool_(True),
+        rows=np.arange(6, dtype=np.float32).reshape(2, 3),
+        columns=np.asfortranarray(np.arange(6).reshape(2, 3)),
+    )
+    torch.save(content, tmp_path / 'numbers.pth')
+    loaded = load_checkpoint_file(str(tmp_path / 'numbers.pth'))
+    for key, value in content.items():
+        assert type(loaded[key]) is type(value), key
+        assert loaded[key].dtype == value.dtype, key
+        np.testing.assert_array_equal(loaded[key], value)
+    for array in (np.array(['text']), np.array([None]), np.zeros(2, 'f4,f4')):
+        torch.save(dict(array=array), tmp_path / 'other.pth')
+        with pytest.raises(CheckpointError, match=r'read safely: numpy\.dtype of something else'):
+            load_checkpoint_file(str(tmp_path / 'other.pth'))
+
+
+def test_diverged_weights_are_refused(tmp_path):
+    weights = classifier_weights(source_backbone())
+    key = 'backbone.stages.1.blocks.0.ffn.fc1.bias'
+    for value in (torch.nan, torch.inf):
+        weights[key] = torch.zeros(32)
+        weights[key][3:5] = value
+        torch.save(weights, tmp_path / 'diverged.pth')
+        model = pretrained(tmp_path / 'diverged.pth')
+        with pytest.raises(CheckpointError, match=r'1 tensors .*fc1\.bias \(2 of 32 numbers\)'):
+            model.init_weights()
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_infinities_that_a_model_has_itself_are_loaded():
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    load_model_weights(model, {'state_dict': weights}, 'file')
+    weights['bias'][0] = torch.inf
+    with pytest.raises(CheckpointError, match=r'bias \(1 of 2 numbers\)\. Its training'):
+        load_model_weights(model, {'state_dict': weights}, 'file')
+
+
+def test_another_prefix_is_named(tmp_path):
+    weights = classifier_weights(source_backbone(), prefix='net.encoder.')
+    torch.save(weights, tmp_path / 'cls.pth')
+    with pytest.raises(CheckpointError, match=r"name the prefix 'net\.encoder\.'"):
+        pretrained(tmp_path / 'cls.pth').init_weights()
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'cls.pth'), prefix='net.encoder.')
+    model = LinGlo(arch=TINY_ARCH, out_indices=(3,), init_cfg=init_cfg)
+    model.init_weights()
+    key = 'norm3.weight'
+    assert torch.equal(model.state_dict()[key], weights[f'net.encoder.{key}'])
+
+
+@pytest.mark.parametrize('odd', ['meta', 'sparse'])
+def test_tensors_of_other_kinds_are_named(odd):
+    model = torch.nn.Linear(2, 2)
+    weights = dict(model.state_dict())
+    weights['weight'] = weights['weight'].to('meta') if odd == 'meta' else torch.eye(2).to_sparse()
+    with pytest.raises(CheckpointError, match='1 tensors sparse, quantized or without values'):
+        load_model_weights(model, {'state_dict': weights}, 'file')
+
+
+def test_a_url_is_read_safely_and_kept(tmp_path, monkeypatch):
+    served = tmp_path / 'served'
+    served.mkdir()
+    torch.save({'state_dict': {'weight': torch.ones(2)}}, served / 'good.pth')
+    torch.save({'state_dict': {}, 'meta': Malicious()}, served / 'bad.pth')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        loaded = load_checkpoint_file(f'{address}/good.pth')
+        with pytest.raises(CheckpointError, match='read safely'):
+            load_checkpoint_file(f'{address}/bad.pth')
+        with pytest.raises(CheckpointError, match=r'absent\.pth. cannot be read: HTTP Error 404'):
+            load_checkpoint_file(f'{address}/absent.pth')
+        server.shutdown()
+    assert torch.equal(loaded['state_dict']['weight'], torch.ones(2))
+    assert torch.equal(
+        load_checkpoint_file(f'{address}/good.pth')['state_dict']['weight'], torch.ones(2)
+    )

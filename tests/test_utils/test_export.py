@@ -21,7 +21,10 @@ ONE_STAGE = dict(embed_dims=(64,), depths=(1,), num_heads=(2,), mlp_ratio=(1,))
 # Positions and channels of the last stage: 96, 80 and 16 for 16, or 384, 304 and 64 for 64, so that
 # both of the attention's orders occur; one image and several; odd sizes.
 SHAPES = [(2, 3, 64, 96), (1, 3, 75, 64), (3, 3, 32, 32)]
-FREE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+FREE = {
+    i: Dim.DYNAMIC if hasattr(Dim, 'DYNAMIC') else Dim(f'size{i}', min=32 if i else 1)  # torch 2.5
+    for i in (0, 2, 3)
+}
 VARIANTS = {
     'RP-CPE': dict(),
     'P-CPE': dict(pos_encoding='P-CPE'),
@@ -88,7 +91,20 @@ def test_one_compilation_for_all_sizes():
 
 
 @pytest.mark.parametrize(
-    'strict', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['traced', 'strict']
+    'strict',
+    [
+        False,
+        pytest.param(
+            True,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    not hasattr(Dim, 'DYNAMIC'), reason='fails in torch 2.5 on any autocast'
+                ),
+            ],
+        ),
+    ],
+    ids=['traced', 'strict'],
 )
 def test_torch_export(strict):
     model, images, expected = deployed_and_expected()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mmlinglo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
-from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
+from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model, switch_to_deploy
 from mmlinglo.utils.export import (
     OPSETS,
@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--opset', type=int, choices=OPSETS, help="ONNX operators; default: the exporter's own"
     )
+    add_trust_argument(parser)
     return parser.parse_args()
 
 
@@ -80,7 +81,7 @@ def main() -> None:
 
     model = build_model(cfg).eval()
     if args.checkpoint:
-        checkpoint = load_checkpoint_file(args.checkpoint)
+        checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
         load_model_weights(model, checkpoint, args.checkpoint)
     names = ['logits']
     if args.part == 'backbone':

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import mmlinglo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
-from mmlinglo.utils.checkpoint import find_state_dict, import_safetensors
-from mmlinglo.utils.cli import UsageError, load_config, run
+from mmlinglo.utils.checkpoint import check_finite, find_state_dict, import_safetensors
+from mmlinglo.utils.cli import UsageError, add_trust_argument, load_config, run
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
 
@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='write safetensors, which other programs read too',
     )
+    add_trust_argument(parser)
     return parser.parse_args()
 
 
@@ -103,10 +104,11 @@ def main() -> None:
         )
     if args.cfg_options is not None and args.config is None:
         raise UsageError('--cfg-options need --config')
-    checkpoint = load_checkpoint_file(args.checkpoint)
+    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
     weights = find_state_dict(checkpoint)
     if not weights:
         raise CheckpointError(f'{args.checkpoint!r} holds no weights')
+    check_finite(weights, args.checkpoint)
 
     meta = dict(checkpoint.get('meta') or {})
     if args.config is not None:

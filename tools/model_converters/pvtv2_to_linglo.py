@@ -23,7 +23,7 @@ import mmlinglo
 from mmlinglo import LinGlo
 from mmlinglo.analysis.report import format_table
 from mmlinglo.utils import load_checkpoint_file
-from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
+from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
 from mmlinglo.utils.pvtv2 import convert_pvtv2, load_pvtv2, timm_weights
@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
         help='gradient steps for each attention and down-sampling layer; default: %(default)s',
     )
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    add_trust_argument(parser)
     return parser.parse_args()
 
 
@@ -72,7 +73,9 @@ def main() -> None:
     model.backbone.init_cfg = None  # in such a config it names the file that is to be written
     model.backbone.init_weights()
     model = model.to(device)
-    weights, head = timm_weights(load_checkpoint_file(args.checkpoint), args.checkpoint)
+    weights, head = timm_weights(
+        load_checkpoint_file(args.checkpoint, args.trust_checkpoint), args.checkpoint
+    )
     pvtv2 = load_pvtv2(weights, model.backbone.arch, args.checkpoint).to(device)
     images = training_images(cfg, model, args.images, args.seed)
     try:

@@ -12,7 +12,7 @@ import torch
 
 import mmlinglo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
-from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
+from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model, relative_difference, switch_to_deploy
 from mmlinglo.utils.files import complete_file
 
@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint of the training form')
     parser.add_argument('out', help='file to write')
+    add_trust_argument(parser)
     return parser.parse_args()
 
 
@@ -36,7 +37,7 @@ def main() -> None:
         raise UsageError(f'{args.out!r} is the checkpoint itself: name another file')
     if out.is_dir():
         raise UsageError(f'{args.out!r} is a folder: name a file')
-    checkpoint = load_checkpoint_file(args.checkpoint)
+    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
 
     model = build_model(cfg).eval()
     load_model_weights(model, checkpoint, args.checkpoint)

@@ -15,7 +15,14 @@ from typing import Dict, List
 from mmlinglo.analysis import saliency_maps
 from mmlinglo.analysis.saliency_figures import plot_saliency
 from mmlinglo.utils import load_checkpoint_file, load_model_weights
-from mmlinglo.utils.cli import UsageError, checked_device, config_parser, load_config, run
+from mmlinglo.utils.cli import (
+    UsageError,
+    add_trust_argument,
+    checked_device,
+    config_parser,
+    load_config,
+    run,
+)
 from mmlinglo.utils.deploy import build_model, switch_to_deploy
 from mmlinglo.utils.inference import UnreadableError
 
@@ -38,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--deploy', action='store_true', help='re-parameterise the model before running it'
     )
+    add_trust_argument(parser)
     return parser.parse_args()
 
 
@@ -48,7 +56,7 @@ def main() -> None:
         raise UsageError(f'no picture file {", ".join(map(repr, missing))}')
     cfg = load_config(args.config, args.cfg_options)
     device = checked_device(args.device)
-    checkpoint = load_checkpoint_file(args.checkpoint)
+    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
     model = build_model(cfg).eval()
     load_model_weights(model, checkpoint, args.checkpoint)
     if args.deploy:

@@ -1,0 +1,353 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""What holds for all sizes, architectures and options, on examples that hypothesis chooses.
+
+A few examples of each by default, and many with `-m soak`.
+"""
+
+import copy
+import math
+from typing import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize_norms_
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import key_only_attention, rp_cpe
+from torch import Tensor
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from mmlinglo import LinGlo
+from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention
+from mmlinglo.models.backbones.linglo import ATTENTIONS, CONDITIONAL_ENCODINGS, POS_ENCODINGS
+
+
+def property_test(few: int, many: int, **strategies: st.SearchStrategy) -> Callable:
+    """Make a test of a function of examples."""
+
+    def decorate(check: Callable) -> Callable:
+        @pytest.mark.parametrize('examples', [few, pytest.param(many, marks=pytest.mark.soak)])
+        def test(examples):
+            profile = settings(
+                max_examples=examples,
+                deadline=None,
+                derandomize=True,  # the same examples in every run
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            )
+            profile(given(**strategies)(check))()
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+@st.composite
+def architectures(draw) -> dict:
+    num_stages = draw(st.integers(1, 5))
+    heads, dims, strides = [], [], []
+    for stage in range(num_stages):
+        strides.append(draw(st.sampled_from([4, 2, 3, 1] if stage == 0 else [2, 1, 3, 4])))
+        if stage and strides[-1] == 1:  # such a stage keeps the channels
+            dims.append(dims[-1])
+            heads.append(draw(st.sampled_from([h for h in (1, 2, 3, 4) if dims[-1] % h == 0])))
+        else:
+            heads.append(draw(st.integers(1, 4)))
+            dims.append(heads[-1] * draw(st.integers(1, 4)))
+    arch = dict(
+        embed_dims=dims,
+        depths=draw(st.lists(st.integers(0, 2), min_size=num_stages, max_size=num_stages)),
+        num_heads=heads,
+        mlp_ratio=draw(
+            st.lists(st.sampled_from([1, 2, 1.5]), min_size=num_stages, max_size=num_stages)
+        ),
+    )
+    if draw(st.booleans()):
+        arch['strides'] = strides
+    elif any(stride == 1 for stride in strides[1:]):
+        arch['embed_dims'] = [heads[i] * 2 for i in range(num_stages)]
+    return arch
+
+
+@st.composite
+def backbones(draw, **fixed) -> LinGlo:
+    arch = draw(architectures())
+    num_stages = len(arch['depths'])
+    stages = draw(st.lists(st.integers(0, num_stages - 1), min_size=1, unique=True))
+    indices = [i - num_stages if draw(st.booleans()) else i for i in stages]
+    pos_encoding = draw(st.sampled_from(POS_ENCODINGS))
+    letters = 'CH' if pos_encoding in CONDITIONAL_ENCODINGS else 'H'
+    options = dict(
+        arch=arch,
+        in_channels=draw(st.sampled_from([3, 1, 4])),
+        drop_path_rate=draw(st.sampled_from([0.0, 0.5])),
+        attention=draw(st.sampled_from(list(ATTENTIONS))),
+        pos_encoding=pos_encoding,
+        layout='-'.join(draw(st.sampled_from(letters)) for _ in range(num_stages)),
+        overlap=draw(st.booleans()),
+        img_size=64,
+        out_indices=indices[0] if len(indices) == 1 and draw(st.booleans()) else indices,
+        frozen_stages=draw(st.integers(-1, num_stages)),
+        qkv_bias=draw(st.booleans()),
+        norm_eval=draw(st.booleans()),
+        with_cp=draw(st.booleans()),
+    )
+    torch.manual_seed(draw(st.integers(0, 99)))
+    model = LinGlo(**{**options, **fixed})
+    model.init_weights()
+    return randomize_norms_(model)
+
+
+@st.composite
+def image_sizes(draw, longest=2000) -> tuple:
+    """Small ones and, every third, narrow ones."""
+    if draw(st.integers(0, 2)) == 2:
+        return draw(st.permutations([draw(st.integers(32, 48)), draw(st.integers(49, longest))]))
+    return draw(st.integers(32, 80)), draw(st.integers(32, 80))
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same images in another order in memory."""
+    if layout == 'channels_last':
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == 'part':  # of larger images, as a crop
+        padded = torch.full((*x.shape[:2], x.shape[2] + 3, x.shape[3] + 5), torch.nan)
+        padded[:, :, 2:-1, 1:-4] = x
+        return padded[:, :, 2:-1, 1:-4]
+    return x.transpose(2, 3).contiguous().transpose(2, 3) if layout == 'transposed' else x
+
+
+LAYOUTS = st.sampled_from(['contiguous', 'channels_last', 'part', 'transposed'])
+
+
+def map_sizes(model: LinGlo, images: Tensor) -> list:
+    """Documented ones of all stages, of the sizes of the images and the strides."""
+    sizes, stride = [], 1
+    for step in model.arch['strides']:
+        stride *= step
+        sizes.append(tuple(math.ceil(pixels / stride) for pixels in images.shape[2:]))
+    return sizes
+
+
+@property_test(
+    12, 600, model=backbones(), size=image_sizes(), batch=st.integers(1, 3), layout=LAYOUTS
+)
+def test_maps_in_evaluation(model, size, batch, layout):
+    model.eval()
+    images = torch.randn(batch, model.patch_embed.conv.in_channels, *size)
+    with torch.no_grad():
+        outs = model(laid_out(images, layout))
+        expected = model(images)
+    sizes = map_sizes(model, images)
+    assert [tuple(out.shape) for out in outs] == [
+        (batch, model.arch['embed_dims'][i], *sizes[i]) for i in model.out_indices
+    ]
+    assert all(out.isfinite().all() for out in outs)
+    assert_close(outs, expected, rtol=1e-3, atol=1e-3)
+    outs = model(images)  # with gradients, where other operators do the work
+    assert_close(outs, expected, rtol=1e-3, atol=1e-3)
+
+
+@property_test(
+    12, 400, model=backbones(), size=image_sizes(), batch=st.integers(1, 3), layout=LAYOUTS
+)
+def test_training(model, size, batch, layout):
+    """Finite maps and gradients; nothing else is trained than what is not frozen."""
+    model.train()
+    images = laid_out(torch.randn(batch, model.patch_embed.conv.in_channels, *size), layout)
+    sizes = map_sizes(model, images)
+    single = [
+        i
+        for i in range(max(model.frozen_stages, 0), len(model.stages))
+        if batch == 1 and sizes[i] == (1, 1) and model.arch['depths'][i]
+    ]
+    if single and model.pos_encoding in CONDITIONAL_ENCODINGS and not model.norm_eval:
+        with pytest.raises(ValueError, match='more than 1 value per channel'):
+            model(images)
+        return
+    outs = model(images)
+    assert all(out.isfinite().all() for out in outs)
+    loss = sum((out * torch.randn_like(out)).sum() for out in outs)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = ['patch_embed.'] if model.frozen_stages >= 0 else []
+    for i in range(model.frozen_stages):
+        frozen += [f'stages.{i}.', f'norm{i}.']
+    assert trained == {
+        name for name, _ in model.named_parameters() if not name.startswith(tuple(frozen))
+    }
+    if trained:
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trained), name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@property_test(8, 200, model=backbones(), size=image_sizes(longest=200), batch=st.integers(1, 2))
+def test_deployed_form_is_equal(model, size, batch):
+    model.eval().double()
+    images = torch.randn(batch, model.patch_embed.conv.in_channels, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+        model.switch_to_deploy()
+        outs = model(images)
+    for out, reference in zip(outs, expected):
+        assert_close(out, reference, rtol=0, atol=1e-9 * max(1, reference.abs().max()))
+
+
+@st.composite
+def attentions(draw) -> KeyOnlyAttention:
+    num_heads = draw(st.integers(1, 3))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    attention = KeyOnlyAttention(
+        num_heads * draw(st.integers(1, 3)), num_heads, qkv_bias=draw(st.booleans())
+    )
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    return attention.double()
+
+
+def literal_numpy(attention: KeyOnlyAttention, x: Tensor) -> Tensor:
+    arrays = []
+    for layer in (attention.key, attention.value, attention.mix, attention.proj):
+        bias = 0.0 if layer.bias is None else layer.bias.detach().numpy()
+        arrays += [layer.weight.detach().numpy().T, bias]
+    saliency = attention.saliency.detach().numpy()
+    images = [key_only_attention(i.numpy(), *arrays[:4], saliency, *arrays[4:]) for i in x]
+    return torch.from_numpy(np.stack(images))
+
+
+@property_test(8, 300, attention=attentions(), batch=st.integers(1, 3), tokens=st.integers(1, 6))
+def test_attention(attention, batch, tokens):
+    """All orders compute the paper's formulas; their gradients are those of differences."""
+    x = torch.randn(batch, tokens, attention.embed_dims, dtype=torch.float64)
+    expected = literal_numpy(attention, x)
+    deployed = copy.deepcopy(attention).eval()
+    deployed.switch_to_deploy()
+    with torch.no_grad():
+        for module, order in (
+            (attention, '_forward_literal'),
+            (attention, '_forward_folded'),
+            (attention, 'forward'),
+            (deployed, '_forward_folded'),
+            (deployed, '_forward_spared'),
+            (deployed, 'forward'),
+        ):
+            assert_close(getattr(module, order)(x), expected, rtol=1e-9, atol=1e-9)
+    names = [name for name, _ in attention.named_parameters()]
+    inputs = [x, *attention.parameters()]
+    for order in ('_forward_literal', '_forward_folded'):
+
+        class Order(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.attention = attention
+
+            def forward(self, x: Tensor, order=order) -> Tensor:
+                return getattr(self.attention, order)(x)
+
+        module = Order()
+
+        def function(x, *weights, module=module):
+            values = {f'attention.{name}': weight for name, weight in zip(names, weights)}
+            return functional_call(module, values, (x,))
+
+        values = [value.detach().requires_grad_() for value in inputs]
+        assert torch.autograd.gradcheck(function, values, fast_mode=True)
+
+
+@st.composite
+def encodings(draw) -> ConditionalPositionalEncoding:
+    torch.manual_seed(draw(st.integers(0, 99)))
+    encoding = ConditionalPositionalEncoding(
+        draw(st.integers(1, 3)), num_branches=draw(st.integers(1, 4)), skip=draw(st.booleans())
+    )
+    return randomize_norms_(encoding).double()
+
+
+@property_test(
+    12,
+    400,
+    encoding=encodings(),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    offset=st.sampled_from([0.0, 5.0, -300.0]),
+    training=st.booleans(),
+)
+def test_encoding(encoding, shape, offset, training):
+    """One convolution computes what the paper's branches do; gradients are those of differences."""
+    batch, height, width = shape
+    encoding.train(training)
+    x = torch.randn(batch, encoding.channels, height, width, dtype=torch.float64) + offset
+    if training and x.numel() == encoding.channels:
+        with pytest.raises(ValueError, match='more than 1 value per channel'):
+            encoding(x)
+        return
+    branches = [
+        dict(
+            kernel=branch.conv.weight.detach().numpy()[:, 0],
+            gamma=branch.norm.weight.detach().numpy(),
+            beta=branch.norm.bias.detach().numpy(),
+            mean=branch.norm.running_mean.numpy().copy(),
+            var=branch.norm.running_var.numpy().copy(),
+        )
+        for branch in encoding.branches
+    ]
+    expected = torch.from_numpy(rp_cpe(x.numpy(), branches, encoding.skip, training))
+    tolerance = 1e-9 * max(1.0, float(expected.abs().max()), abs(offset))
+    with torch.no_grad():
+        assert_close(encoding(x), expected, rtol=0, atol=tolerance)
+        naive = copy.deepcopy(encoding)._forward_branches(x)
+        assert_close(naive, expected, rtol=0, atol=tolerance)
+
+    names = [name for name, _ in encoding.named_parameters()]
+
+    def function(x, *weights):
+        return functional_call(encoding, dict(zip(names, weights)), (x,))
+
+    values = [value.detach().requires_grad_() for value in (x - offset, *encoding.parameters())]
+    assert torch.autograd.gradcheck(function, values, fast_mode=True, atol=1e-4)
+
+
+@property_test(
+    6, 200, model=backbones(norm_eval=False), size=image_sizes(), batch=st.integers(0, 2)
+)
+def test_no_images_give_no_maps(model, size, batch):
+    """In evaluation an empty batch has empty maps of the documented sizes, also when deployed."""
+    images = torch.zeros(0, model.patch_embed.conv.in_channels, *size)
+    model.eval()
+    if batch:
+        model.switch_to_deploy()
+    with torch.set_grad_enabled(batch == 1):
+        outs = model(images)
+    sizes = map_sizes(model, images)
+    assert [tuple(out.shape) for out in outs] == [
+        (0, model.arch['embed_dims'][i], *sizes[i]) for i in model.out_indices
+    ]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('scale', [1, 1e4])
+def test_mixed_precision_on_large_images(dtype, scale):
+    """With pixels, keys and hidden maps whose sums and squares are beyond float16."""
+    arch = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratio=(2, 2))
+    model = LinGlo(arch, out_indices=(0, 1))
+    model.init_weights()
+    randomize_norms_(model).train()
+    for stage in model.stages:
+        stage.blocks[0].ffn.fc1.bias.data += 1000
+        stage.blocks[0].attn.key.bias.data += 300
+    images = scale * torch.randn(1, 3, 800, 1333)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(images)
+    with torch.autocast('cpu', dtype=dtype):
+        outs = model(images)
+        loss = sum(out.float().square().mean() for out in outs)
+    loss.backward()
+    for out, reference in zip(outs, expected):
+        error = (out.float() - reference).abs().max() / reference.abs().max()
+        assert error < 4 * torch.finfo(dtype).eps
+    tensors = [*(p.grad for p in model.parameters()), *model.buffers()]
+    assert all(tensor.isfinite().all() for tensor in tensors)
