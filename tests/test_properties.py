@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize_norms_
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import key_only_attention, rp_cpe
 from torch import Tensor
@@ -133,7 +133,7 @@ def map_sizes(model: LinGlo, images: Tensor) -> list:
 
 
 @property_test(
-    12, 600, model=backbones(), size=image_sizes(), batch=st.integers(1, 3), layout=LAYOUTS
+    5, 600, model=backbones(), size=image_sizes(), batch=st.integers(1, 3), layout=LAYOUTS
 )
 def test_maps_in_evaluation(model, size, batch, layout):
     model.eval()
@@ -351,3 +351,125 @@ def test_mixed_precision_on_large_images(dtype, scale):
         assert error < 4 * torch.finfo(dtype).eps
     tensors = [*(p.grad for p in model.parameters()), *model.buffers()]
     assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+ARCH = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratio=(2, 2), strides=(4, 2))
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-9, 9),
+    st.floats(),
+    st.text(max_size=4),
+    st.binary(max_size=3),
+    st.lists(st.one_of(st.integers(-4, 4), st.floats(), st.text(max_size=1)), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)
+
+
+def is_integer(low, high=99):
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def is_flag(value):
+    return isinstance(value, bool)
+
+
+def is_stage_numbers(value):
+    numbers = [value] if type(value) is int else value
+    return (
+        isinstance(numbers, list)
+        and len(numbers) > 0
+        and all(type(i) is int and -2 <= i < 2 for i in numbers)
+        and len({i % 2 for i in numbers}) == len(numbers)
+    )
+
+
+ALLOWED = dict(
+    arch=lambda _: False,
+    in_channels=is_integer(1),
+    drop_path_rate=lambda value: type(value) in (int, float) and 0 <= value < 1,
+    attention=lambda _: False,
+    pos_encoding=lambda value: value is None,
+    layout=lambda value: value is None,
+    overlap=is_flag,
+    img_size=is_integer(1),
+    out_indices=is_stage_numbers,
+    frozen_stages=is_integer(-1, 2),
+    qkv_bias=is_flag,
+    norm_cfg=lambda value: value is None,
+    norm_eval=is_flag,
+    mask_padding=is_flag,
+    with_cp=is_flag,
+    deploy=is_flag,
+    embed_dims=lambda value: type(value) is int and value > 0 and value % 2 == 0,
+    depths=is_integer(0),
+    num_heads=lambda value: type(value) is int and value in (1, 2, 4, 8),
+    mlp_ratio=lambda value: type(value) in (int, float) and 1 / 16 <= value < 99,
+    strides=is_integer(1),
+)
+
+
+@property_test(60, 600, name=st.sampled_from(list(ALLOWED)), value=ANYTHING)
+def test_arguments(name, value):
+    """What is not allowed is an error that names the argument, the value and what is allowed."""
+    assume(name != 'strides' or type(value) is not int or value != 1)  # whether it fits: other test
+    assume(name != 'mlp_ratio' or type(value) is not float or not 99 <= value < math.inf)  # large
+    arguments = dict(arch=ARCH, out_indices=(0, 1))
+    if name in ARCH:
+        arguments['arch'] = {**ARCH, name: (ARCH[name][0], value)}
+    else:
+        arguments[name] = value
+    if ALLOWED[name](value):
+        LinGlo(**arguments)
+        return
+    with pytest.raises((ValueError, TypeError), match=name) as error:
+        LinGlo(**arguments)
+    assert ' must ' in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+@property_test(
+    30,
+    200,
+    layer=st.sampled_from(
+        [
+            (KeyOnlyAttention, dict(embed_dims=8, num_heads=2), 'embed_dims'),
+            (KeyOnlyAttention, dict(embed_dims=8, num_heads=2), 'num_heads'),
+            (ConditionalPositionalEncoding, dict(channels=4), 'channels'),
+            (ConditionalPositionalEncoding, dict(channels=4), 'num_branches'),
+        ]
+    ),
+    value=ANYTHING,
+)
+def test_arguments_of_layers(layer, value):
+    kind, arguments, name = layer
+    arguments = {**arguments, name: value}
+    fits = type(value) is int and value > 0
+    if fits and kind is KeyOnlyAttention:
+        fits = arguments['embed_dims'] % arguments['num_heads'] == 0
+    if fits:
+        kind(**arguments)
+        return
+    with pytest.raises((ValueError, TypeError), match=name) as error:
+        kind(**arguments)
+    assert ' must ' in str(error.value)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('images', 'message'),
+    [
+        (None, 'tensor of normalized, floating-point pixels, got NoneType'),
+        (np.zeros((1, 3, 32, 32), np.float32), 'got ndarray'),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r'got torch\.uint8'),
+        (torch.zeros(3, 32, 32), r'shape \(B, 3, H, W\), got \(3, 32, 32\)'),
+        (torch.zeros(1, 4, 32, 32), r'shape \(B, 3, H, W\), got \(1, 4, 32, 32\)'),
+        (
+            torch.zeros(0, 3, 32, 32),
+            r'training needs images, got a batch of shape \(0, 3, 32, 32\)',
+        ),
+    ],
+)
+def test_images_that_are_none(images, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        LinGlo(arch=ARCH, out_indices=(0, 1)).train()(images)

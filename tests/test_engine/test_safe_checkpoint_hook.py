@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from mmengine.fileio import LocalBackend
+from mmengine.logging import MMLogger
 from toy import Recorder, build_runner
 
 from mmlinglo.engine import SafeCheckpointHook, TrainingError
@@ -238,7 +239,13 @@ def small_disk(tmp_path):
     if result.returncode:
         pytest.skip(f'may not mount a file system: {result.stderr}')
     yield folder
-    subprocess.run(['umount', '--lazy', str(folder)], check=True)  # log files are open
+    # mmengine's last logger stays the current one of the process: the next test would write there
+    for logger in MMLogger._instance_dict.values():
+        for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+            if str(folder) in handler.baseFilename:
+                logger.removeHandler(handler)
+                handler.close()
+    subprocess.run(['umount', '--lazy', str(folder)], check=True)
 
 
 def test_full_disk(small_disk):

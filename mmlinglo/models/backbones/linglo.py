@@ -1,6 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 from contextlib import nullcontext
-from typing import List, Optional, Sequence, Tuple, Union
+from math import inf
+from numbers import Integral
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.model import (
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from mmlinglo.registry import MODELS
 from mmlinglo.utils.checkpoint import load_pretrained_backbone
 
+from ..arguments import check_integer, is_number
 from ..data_preprocessors import IMAGE_SIZES
 from ..layers import (
     FFN,
@@ -144,6 +147,7 @@ class LinGlo(BaseModule):
 
     Raises:
         ValueError: If an argument is not among what is allowed.
+        TypeError: If an argument is of a type that never is.
 
     Example:
         >>> import torch
@@ -220,7 +224,27 @@ class LinGlo(BaseModule):
         self.arch = self._parse_arch(arch)
         embed_dims, depths, strides = (self.arch[k] for k in ('embed_dims', 'depths', 'strides'))
         num_stages = len(depths)
-        if attention not in ATTENTIONS:
+        check_integer('in_channels', in_channels, 1)
+        check_integer('img_size', img_size, 1)
+        check_integer('frozen_stages', frozen_stages, -1, num_stages)
+        if not is_number(drop_path_rate):
+            raise TypeError(f'drop_path_rate must be a number in [0, 1), got {drop_path_rate!r}')
+        flags = dict(
+            overlap=overlap,
+            qkv_bias=qkv_bias,
+            norm_eval=norm_eval,
+            mask_padding=mask_padding,
+            with_cp=with_cp,
+            deploy=deploy,
+        )
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f'{name} must be True or False, got {flag!r}')
+        if norm_cfg is not None and not (isinstance(norm_cfg, dict) and 'type' in norm_cfg):
+            raise TypeError(
+                f"norm_cfg must be None or a dict with the key 'type', got {norm_cfg!r}"
+            )
+        if attention not in list(ATTENTIONS):
             raise ValueError(f'attention must be one of {list(ATTENTIONS)}, got {attention!r}')
         if pos_encoding not in POS_ENCODINGS:
             raise ValueError(f'pos_encoding must be one of {POS_ENCODINGS}, got {pos_encoding!r}')
@@ -236,10 +260,9 @@ class LinGlo(BaseModule):
                 f"over the padded map, nor with pos_encoding='absolute', which is stretched over it; "
                 f'got layout={layout!r}, pos_encoding={pos_encoding!r}'
             )
-        if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(f'frozen_stages must be in [-1, {num_stages}], got {frozen_stages}')
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        self.in_channels = in_channels
         self.attention = attention
         self.pos_encoding = pos_encoding
         self.qkv_bias = qkv_bias
@@ -291,10 +314,29 @@ class LinGlo(BaseModule):
             first ceil(h / s_i) rows and ceil(w / s_i) columns of an image of h x w
             pixels are those of the image alone.
 
+        A batch without images has maps without images. In training it is an error:
+        batch norms would take statistics of nothing.
+
         Raises:
-            ValueError: If H or W is below 32, or the image sizes are needed and
-                missing, or do not fit.
+            ValueError: If the shape is another one, H or W is below 32, there are no
+                images in training, or the image sizes are needed and missing, or do
+                not fit.
+            TypeError: If ``x`` is no tensor of floating-point numbers.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f'images must be a tensor of normalized, floating-point pixels, got {found}'
+            )
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'images must be of shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}'
+            )
+        if self.training and x.shape[0] == 0:
+            raise ValueError(
+                f'training needs images, got a batch of shape {tuple(x.shape)}: its batch norms '
+                'have nothing to take statistics of'
+            )
         if min(x.shape[-2:]) < 32:
             raise ValueError(
                 f'images must be at least 32 pixels high and wide, got a batch of shape '
@@ -464,14 +506,26 @@ class LinGlo(BaseModule):
                     f'arch must be one of {list(cls.arch_zoo)} or a dict, got {arch!r}'
                 )
             arch = cls.arch_zoo[arch]
+        elif not isinstance(arch, dict):
+            raise TypeError(f'arch must be one of {list(cls.arch_zoo)} or a dict, got {arch!r}')
         keys = {'embed_dims', 'depths', 'num_heads', 'mlp_ratio'}
-        if set(arch) - {'strides'} != keys or len({len(values) for values in arch.values()}) != 1:
+        lengths = {_length(values) for values in arch.values()}
+        if set(arch) - {'strides'} != keys or len(lengths) != 1 or not all(lengths):
             raise ValueError(
                 f'arch must be a dict of equally long sequences with the keys {sorted(keys)} and '
                 f'optionally strides, got {dict(arch)}'
             )
         arch = {key: tuple(values) for key, values in arch.items()}
         strides = arch.setdefault('strides', (4,) + (2,) * (len(arch['depths']) - 1))
+        for key, lowest in dict(embed_dims=1, depths=0, num_heads=1, strides=1).items():
+            for value in arch[key]:
+                check_integer(f"each of arch['{key}']", value, lowest)
+        for channels, ratio in zip(arch['embed_dims'], arch['mlp_ratio']):
+            if not is_number(ratio) or not 1 <= channels * ratio < inf:
+                raise ValueError(
+                    f"each of arch['mlp_ratio'] must be a number by which embed_dims={channels} "
+                    f'gives at least one channel, got {ratio!r}'
+                )
         for i in range(1, len(strides)):
             if strides[i] == 1 and arch['embed_dims'][i] != arch['embed_dims'][i - 1]:
                 raise ValueError(
@@ -494,7 +548,14 @@ class LinGlo(BaseModule):
     def _parse_out_indices(
         out_indices: Union[int, Sequence[int]], num_stages: int
     ) -> Tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = (out_indices,) if isinstance(out_indices, int) else out_indices
+        if _length(given) is None or any(
+            isinstance(i, bool) or not isinstance(i, Integral) for i in given
+        ):
+            raise TypeError(
+                'out_indices must be a stage number or a sequence of stage numbers in '
+                f'[-{num_stages}, {num_stages - 1}], got {out_indices!r}'
+            )
         indices = tuple(i + num_stages if i < 0 else i for i in given)
         if not indices or len(set(indices)) != len(indices):
             raise ValueError(f'out_indices must be distinct and at least one, got {out_indices}')
@@ -504,6 +565,11 @@ class LinGlo(BaseModule):
                 f'got {out_indices}'
             )
         return indices
+
+
+def _length(values: Any) -> Optional[int]:
+    """Length of a list or the like; None for others and for texts."""
+    return len(values) if isinstance(values, Sequence) and not isinstance(values, str) else None
 
 
 def _init_layer(module: nn.Module) -> None:

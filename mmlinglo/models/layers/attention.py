@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mmengine.utils import digit_version
 from torch import Tensor, nn
 
+from ..arguments import check_integer
 from .precision import autocast_off, full_precision
 
 # Whether code that is compiled may ask if a size is known. At 2.5 it may not, from 2.9 on it may.
@@ -55,7 +56,8 @@ class KeyOnlyAttention(nn.Module):
             always have one.
 
     Raises:
-        ValueError: If ``num_heads`` does not divide ``embed_dims``.
+        ValueError: If ``num_heads`` does not divide ``embed_dims``, or one is below 1.
+        TypeError: If one is no integer.
 
     Example:
         >>> attn = KeyOnlyAttention(embed_dims=64, num_heads=2)
@@ -244,7 +246,8 @@ class DotProductAttention(nn.Module):
         qkv_bias: Whether queries, keys and values have a bias.
 
     Raises:
-        ValueError: If ``num_heads`` does not divide ``embed_dims``.
+        ValueError: If ``num_heads`` does not divide ``embed_dims``, or one is below 1.
+        TypeError: If one is no integer.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
@@ -268,7 +271,9 @@ class DotProductAttention(nn.Module):
 
 
 def _check_heads(embed_dims: int, num_heads: int) -> None:
-    if num_heads < 1 or embed_dims % num_heads:
+    check_integer('embed_dims', embed_dims, 1)
+    check_integer('num_heads', num_heads, 1)
+    if embed_dims % num_heads:
         raise ValueError(
             f'num_heads must be a positive divisor of embed_dims, '
             f'got num_heads={num_heads} for embed_dims={embed_dims}'

@@ -8,6 +8,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..arguments import check_integer
 from .chunking import PendingGradient
 from .patch_moments import patch_moments
 from .precision import autocast_off
@@ -53,7 +54,8 @@ class ConditionalPositionalEncoding(nn.Module):
             then without effect.
 
     Raises:
-        ValueError: If ``num_branches`` is below 1.
+        ValueError: If ``channels`` or ``num_branches`` is below 1.
+        TypeError: If one is no integer.
 
     Example:
         >>> rp_cpe = ConditionalPositionalEncoding(256)
@@ -72,8 +74,8 @@ class ConditionalPositionalEncoding(nn.Module):
         deploy: bool = False,
     ) -> None:
         super().__init__()
-        if num_branches < 1:
-            raise ValueError(f'num_branches must be at least 1, got {num_branches}')
+        check_integer('channels', channels, 1)
+        check_integer('num_branches', num_branches, 1)
         self.channels = channels
         self.num_branches = num_branches
         self.skip = skip
