@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -60,3 +62,18 @@ def shapes(tmp_path_factory) -> Path:
         64,
     )
     return out
+
+
+@pytest.fixture(scope='session')
+def cifar10(tmp_path_factory) -> Path:
+    """Twenty training and ten test images in folders like those of CIFAR-10."""
+    root = tmp_path_factory.mktemp('cifar10')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 2), ('test', 1)):
+        for label in range(10):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                cv2.imwrite(str(folder / f'{i}.png'), image)
+    return root

@@ -78,6 +78,7 @@ def test_half_precision_gradients_stay_in_half_precision():
     assert_close(x.grad.double(), exact.grad, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_triton_kernel():
     """By Triton's interpreter, in a process of its own since it must be chosen before the import."""
     pytest.importorskip('triton')

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import time
 
-import cv2
-import numpy as np
 import pytest
 from conftest import ROOT, run_tool
 
@@ -20,25 +18,10 @@ TOOL = 'tools/analysis_tools/run_ablations.py'
 EPOCHS = 4
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    """Twenty training and ten test images, as folders."""
-    root = tmp_path_factory.mktemp('cifar10')
-    rng = np.random.default_rng(0)
-    for split, count in (('train', 2), ('test', 1)):
-        for label in range(10):
-            folder = root / split / f'class{label}'
-            folder.mkdir(parents=True)
-            for i in range(count):
-                image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                cv2.imwrite(str(folder / f'{i}.png'), image)
-    return root
-
-
-def arguments(data, work_dir, out, epochs=EPOCHS):
+def arguments(cifar10, work_dir, out, epochs=EPOCHS):
     return [
         *('--rows', 'linglo-b0-cpe', 'resnet18', '--seeds', 0, '--epochs', epochs),
-        *('--data-root', data, '--data-format', 'folder', '--work-dir', work_dir, '--out', out),
+        *('--data-root', cifar10, '--data-format', 'folder', '--work-dir', work_dir, '--out', out),
         *('--cfg-options', 'train_dataloader.batch_size=4', 'train_dataloader.num_workers=1'),
         *('val_dataloader.num_workers=1', 'train_dataloader.dataset.pipeline.3.scale=32'),
         'val_dataloader.dataset.pipeline.1.scale=32',
@@ -75,10 +58,10 @@ def state(folder):
 
 
 @pytest.mark.slow
-def test_campaign(data, tmp_path):
+def test_campaign(cifar10, tmp_path):
     work_dir, out = tmp_path / 'work', tmp_path / 'results/campaign'
     first, second = work_dir / 'linglo-b0-cpe/seed0', work_dir / 'resnet18/seed0'
-    command = [TOOL, *arguments(data, work_dir, out)]
+    command = [TOOL, *arguments(cifar10, work_dir, out)]
 
     interrupt_after_first_epoch(command, first)
     (before,) = validated(first)
@@ -117,7 +100,7 @@ def test_campaign(data, tmp_path):
     finished = state(second)
     result = run_tool(*command)
     assert result.stdout.count('(finished before)') == 2
-    other = run_tool(TOOL, *arguments(data, work_dir, out, epochs=3), check=False)
+    other = run_tool(TOOL, *arguments(cifar10, work_dir, out, epochs=3), check=False)
     assert other.returncode == 1
     assert 'made with other settings: train_cfg.max_epochs 4 instead of 3' in other.stderr
     assert state(second) == finished
@@ -133,12 +116,12 @@ def test_campaign(data, tmp_path):
         ([], '20 training images are less than two batches of 128'),
     ],
 )
-def test_mistakes(data, tmp_path, monkeypatch, more, message):
+def test_mistakes(cifar10, tmp_path, monkeypatch, more, message):
     spec = importlib.util.spec_from_file_location('run_ablations', ROOT / TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     work_dir = tmp_path / 'work'
-    command = [TOOL, '--rows', 'resnet18', '--data-format', 'folder', '--data-root', data]
+    command = [TOOL, '--rows', 'resnet18', '--data-format', 'folder', '--data-root', cifar10]
     command += ['--work-dir', work_dir, *more]
     monkeypatch.setattr(sys, 'argv', [str(word) for word in command])
     monkeypatch.setattr(signal, 'signal', lambda *_: None)
