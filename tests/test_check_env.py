@@ -290,7 +290,6 @@ def run_check(*folders):
         [sys.executable, '-m', 'mmlinglo.check_env'],
         env={
             'PYTHONPATH': f'{path}:{ROOT}',
-            'PYTHONWARNINGS': 'ignore::DeprecationWarning',  # of the toolboxes
             'CUDA_VISIBLE_DEVICES': '',
             'PATH': '/usr/bin:/bin',
         },
@@ -318,7 +317,7 @@ def test_broken_packages(package, tmp_path):
     assert result.returncode == 1, result.stderr
     assert re.search(rf'^1\. .*{package}.*ImportError: broken', result.stdout, re.MULTILINE)
     assert '2. ' not in result.stdout
-    assert result.stderr == ''
+    assert 'Traceback' not in result.stderr  # warnings of the original mmengine may be
 
 
 @pytest.mark.slow
