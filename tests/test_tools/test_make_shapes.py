@@ -55,7 +55,7 @@ def test_never_overwrites(shapes):
     assert 'there already' in run_tool('tools/misc/make_shapes.py', shapes, *args).stdout
     result = run_tool('tools/misc/make_shapes.py', shapes, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith(f'error: {shapes} exists')
+    assert f'\nerror: {shapes} exists' in f'\n{result.stderr}'
     assert not list(shapes.parent.glob('.shapes-*'))
 
 
