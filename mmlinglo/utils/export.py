@@ -71,6 +71,9 @@ def export_onnx(
 
     Raises:
         ValueError: If ``opset`` is another one.
+        NotImplementedError: If this PyTorch's exporter does not do what was
+            asked for: that of 2.5 fixes all sizes and writes opset 18. No file is
+            written then.
     """
     if opset is not None and opset not in OPSETS:
         raise ValueError(f'opset must be in {OPSETS[0]}-{OPSETS[-1]} or None, got {opset}')
@@ -84,6 +87,19 @@ def export_onnx(
         opset_version=opset,
         verbose=False,
     )
+    written = program.model.opset_imports['']
+    if opset not in (None, written):
+        raise NotImplementedError(
+            f'the exporter of PyTorch {torch.__version__} writes opset {written} when asked for '
+            f'{opset}: leave the opset out, or export with a later PyTorch'
+        )
+    if dynamic and any(
+        isinstance(program.model.graph.inputs[0].shape[i], int) for i in DYNAMIC_SIZES
+    ):
+        raise NotImplementedError(
+            f'the exporter of PyTorch {torch.__version__} fixes sizes that are to be free: export '
+            'one file for each size, or export with a later PyTorch'
+        )
     program.model.metadata_props.update(metadata or {})
     program.save(path, external_data=False)
 

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, randomize_norms_, run_tool
+from conftest import ROOT, needs_exporter, randomize_norms_, run_tool
 from mmengine.config import Config
 
 from mmlinglo.models import ConditionalPositionalEncoding
@@ -71,7 +71,7 @@ def run_file(path, images):
 def test_logits_of_a_classifier(classifier, main, tmp_path, capsys):
     config, checkpoint, model = classifier
     out = tmp_path / 'onnx/classifier.onnx'
-    main(config, checkpoint, '--out', out, '--part', 'model', '--shape', 40, 48, '--opset', 19)
+    main(config, checkpoint, '--out', out, '--part', 'model', '--shape', 40, 48)
     assert 'with classifier.pth weights, outputs logits' in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ['classifier.onnx']
     images = torch.randn(1, 3, 40, 48)
@@ -80,7 +80,6 @@ def test_logits_of_a_classifier(classifier, main, tmp_path, capsys):
     np.testing.assert_allclose(run_file(out, images)['logits'], expected, rtol=1e-4, atol=1e-5)
     content = onnx.load(out)
     onnx.checker.check_model(content, full_check=True)
-    assert [opset.version for opset in content.opset_import if not opset.domain] == [19]
     metadata = {p.key: p.value for p in content.metadata_props}
     assert metadata['mean'] == '[123.675, 116.28, 103.53]'
     assert metadata['std'] == '[58.395, 57.12, 57.375]'
@@ -88,6 +87,38 @@ def test_logits_of_a_classifier(classifier, main, tmp_path, capsys):
     assert metadata['weights'] == 'classifier.pth'
 
 
+@needs_exporter
+def test_another_opset(classifier, main, tmp_path):
+    config, checkpoint, _ = classifier
+    out = tmp_path / 'classifier.onnx'
+    main(config, checkpoint, '--out', out, '--shape', 32, 32, '--opset', 19)
+    opsets = onnx.load(out).opset_import
+    assert [opset.version for opset in opsets if not opset.domain] == [19]
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['--dynamic'], 'fixes sizes that are to be free: export one file for each size'),
+        (['--opset', 19], 'writes opset 18 when asked for 19: leave the opset out'),
+    ],
+)
+def test_an_exporter_that_ignores_what_it_is_asked_for(
+    classifier, main, tmp_path, monkeypatch, args, message
+):
+    export = torch.onnx.export
+
+    def as_in_torch_2_5(*args, **kwargs):
+        return export(*args, **{**kwargs, 'dynamic_shapes': None, 'opset_version': 18})
+
+    monkeypatch.setattr(torch.onnx, 'export', as_in_torch_2_5)
+    out = tmp_path / 'onnx/classifier.onnx'
+    with pytest.raises(UsageError, match=message):
+        main(classifier[0], '--out', out, '--shape', 64, 64, *args)
+    assert not list(out.parent.iterdir())
+
+
+@needs_exporter
 @pytest.mark.slow
 def test_backbone_of_a_detector_at_any_size(tmp_path):
     config, out = tmp_path / 'detector.py', tmp_path / 'detector.onnx'

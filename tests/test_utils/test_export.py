@@ -8,7 +8,7 @@ import warnings
 import onnx
 import pytest
 import torch
-from conftest import ROOT, randomize_norms_
+from conftest import ROOT, needs_exporter, randomize_norms_
 from mmengine.config import Config
 from torch.export import Dim
 
@@ -128,7 +128,7 @@ def test_torchscript_of_every_variant(kwargs, tmp_path):
     assert_agree(traced, images, expected)
 
 
-@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('dynamic', [False, pytest.param(True, marks=needs_exporter)])
 def test_onnx_runtime(dynamic, tmp_path):
     model, images, expected = deployed_and_expected()
     path = tmp_path / 'model.onnx'

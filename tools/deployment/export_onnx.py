@@ -99,7 +99,10 @@ def main() -> None:
         )
         with complete_file(out) as file:
             shape = tuple(batches[0].shape)
-            export_onnx(part, file, shape, names, args.dynamic, args.opset, metadata)
+            try:
+                export_onnx(part, file, shape, names, args.dynamic, args.opset, metadata)
+            except NotImplementedError as error:
+                raise UsageError(str(error)) from error
             errors = [relative_error(run_onnx(file, x), y) for x, y in zip(batches, expected)]
             if not max(errors) <= TOLERANCE:
                 raise CheckpointError(
