@@ -18,6 +18,8 @@ from mmlinglo.analysis.execution import Execution
 from mmlinglo.analysis.memory import MIB, call_in_fresh_process, peak_memory_mib
 from mmlinglo.analysis.timing import Timing, measure
 from mmlinglo.models.layers import ConditionalPositionalEncoding, KeyOnlyAttention
+from mmlinglo.models.layers import positional_encoding as cpe
+from mmlinglo.models.layers.patch_moments import patch_moments
 
 Step = Callable[[], object]
 AttentionShape = Tuple[int, int, int, int]  # batch, positions, channels, heads
@@ -229,7 +231,8 @@ def attention_memory(execution: Execution) -> Iterator[Bar]:
 
 def positional_encoding(execution: Execution, rounds: int) -> Iterator[Bar]:
     """Training of LinGlo-b0 with RP-CPE as one convolution against its four branches."""
-    (ours, theirs, least), kept = call_in_fresh_process(_encoding_costs, execution, rounds)
+    times, kept = call_in_fresh_process(_encoding_costs, execution, rounds)
+    ours, theirs, least, statistics = times
     what, where = (
         'LinGlo-b0, RP-CPE as one convolution against four branches',
         _shape(16, CLASSIFICATION),
@@ -242,11 +245,18 @@ def positional_encoding(execution: Execution, rounds: int) -> Iterator[Bar]:
         least,
         theirs,
     )
+    yield Bar(
+        'LinGlo-b0, moments of the patches and their gradient alone against four branches, forward + backward',
+        where,
+        'ms',
+        statistics,
+        theirs,
+    )
     yield Bar(f'{what}, kept for the backward', where, 'MiB', *kept, at_most=0.5)
 
 
-def _encoding_costs(execution: Execution, rounds: int) -> Tuple[Tuple[float, float, float], Pair]:
-    """Milliseconds of ours, the four branches, and the least there can be; MiB of the first two."""
+def _encoding_costs(execution: Execution, rounds: int) -> Tuple[Tuple[float, ...], Pair]:
+    """Milliseconds of ours, the four branches, the least there can be, and the moments; MiB of the first two."""
     execution.prepare_process()
     model = PooledBackbone(LinGlo('b0', out_indices=-1)).train()
     plain = LinGlo('b0', out_indices=-1, pos_encoding='CPE', norm_cfg=None)
@@ -256,6 +266,7 @@ def _encoding_costs(execution: Execution, rounds: int) -> Tuple[Tuple[float, flo
         ours=step,
         theirs=_in_context(step, literal_branches),
         least=make_step(PooledBackbone(plain).train(), images, train_step=True),
+        moments=_moments_step(model, images),
     )
     times = measure(steps, rounds=rounds, warmup=2)
     forward = partial(model, images)
@@ -264,6 +275,25 @@ def _encoding_costs(execution: Execution, rounds: int) -> Tuple[Tuple[float, flo
         tuple(1e3 * times[name].median for name in steps),
         tuple(saved_mib(step, model.parameters()) for step in kept),
     )
+
+
+def _moments_step(model: nn.Module, images: Tensor) -> Step:
+    """What batch norms cost in RP-CPE as one convolution: the moments of all maps that it reads."""
+    maps = []
+
+    def record(x: Tensor, *_: object) -> Tuple[Tensor, Tensor]:
+        maps.append(x.detach().requires_grad_())
+        return patch_moments(x)
+
+    with torch.no_grad(), mock.patch.object(cpe, 'patch_moments', record):
+        model(images)
+
+    def step() -> None:
+        for x in maps:
+            moments = patch_moments(x)
+            torch.autograd.grad(moments, x, tuple(torch.ones_like(moment) for moment in moments))
+
+    return step
 
 
 def peers(execution: Execution, rounds: int) -> Iterator[Bar]:

@@ -128,6 +128,8 @@ def test_bars(run_here, monkeypatch, capsys):
     assert (growth['ours'], growth['theirs'], growth['ratio']) == (25.6, 6.4, 4)
     kept = next(row for row in rows if 'four branches, kept' in row['what'])
     assert 0 < kept['ratio'] < 1
+    moments = next(row for row in rows if 'moments of the patches' in row['what'])
+    assert 0 < moments['ours']
     assert 0 < rows[-1]['ratio']
     assert rows[-1]['verdict'] is None
     assert '| missed ' in capsys.readouterr().out
