@@ -1,6 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """What is wrong with an environment, and the line to run: environments with one fault each."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -8,7 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import pytest
+import torch
+import torchvision
 from conftest import ROOT
 
 from mmlinglo import check_env
@@ -297,6 +301,29 @@ def run_check(*folders):
         text=True,
         timeout=600,
     )
+
+
+def test_what_is_collected(capsys):
+    env = check_env.collect()
+    assert env.versions['torch'] == importlib.metadata.version('torch')
+    assert env.wanted_torch == torch.__version__.split('+')[0]
+    assert env.errors == {}
+    assert env.operators['mmcv', 'cpu'] == env.operators['torchvision', 'cpu'] == ''
+    assert env.details['OpenCV'] == cv2.__version__
+    with pytest.raises(SystemExit) as ended:
+        check_env.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out.endswith('No problem found.\n')
+
+
+def test_operators_that_compute_something_else(monkeypatch):
+    """What a build for another device may do without an error."""
+    monkeypatch.setattr(torchvision.ops, 'nms', lambda *_: torch.tensor([0]))
+    env = check_env.collect()
+    assert env.operators['mmcv', 'cpu'] == ''
+    wrong = 'ValueError: NMS keeps the boxes [0] instead of [0, 2]'
+    assert env.operators['torchvision', 'cpu'] == wrong
+    assert wrong in find_problems(env)[0].what
 
 
 @pytest.mark.slow

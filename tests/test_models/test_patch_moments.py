@@ -78,15 +78,24 @@ def test_half_precision_gradients_stay_in_half_precision():
     assert_close(x.grad.double(), exact.grad, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_triton_kernel():
+@pytest.mark.parametrize(
+    'shapes',
+    [
+        [(1, 1, 1, 2), (2, 2, 5, 4)],
+        pytest.param([(2, 3, 5, 4), (2, 18, 35, 33)], marks=pytest.mark.slow),  # several blocks
+    ],
+    ids=['small', 'large'],
+)
+def test_triton_kernel(shapes):
     """By Triton's interpreter, in a process of its own since it must be chosen before the import."""
     pytest.importorskip('triton')
-    code = """
+    code = (
+        f'shapes = {shapes}'
+        + """
 import itertools, torch
 from mmlinglo.models.layers.autocorrelation_triton import autocorrelation_triton
 torch.manual_seed(0)
-for shape in [(2, 3, 5, 4), (1, 1, 1, 2), (2, 18, 35, 33)]:
+for shape in shapes:
     x = torch.randn(shape) + 1
     centre = torch.randn(shape[-1])
     got = autocorrelation_triton(x, centre)
@@ -99,6 +108,7 @@ for shape in [(2, 3, 5, 4), (1, 1, 1, 2), (2, 18, 35, 33)]:
         torch.testing.assert_close(got[:, down, right].double(), want, rtol=1e-4, atol=1e-3)
 print('equal')
 """
+    )
     env = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True

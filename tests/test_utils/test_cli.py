@@ -1,0 +1,133 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Mistakes in arguments and configs, in this process; test_bad_input.py has the command lines."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.registry import MODELS
+
+from mmlinglo.engine import TrainingError
+from mmlinglo.utils import CheckpointError, cli
+from mmlinglo.utils.cli import UsageError, load_config, run, runner_parser
+
+CONFIG = str(ROOT / 'configs/quickstart/linglo-b0_2xb16-8e_shapes.py')
+
+
+def message_of(error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    return ended.value.code
+
+
+@pytest.mark.parametrize('kind', [UsageError, CheckpointError, FileNotFoundError])
+def test_mistakes_end_with_their_message(kind):
+    assert message_of(kind('what is wrong')) == 'error: what is wrong'
+
+
+def test_errors_of_data_workers_lose_their_traceback():
+    text = 'Caught TrainingError in DataLoader worker process 0.\nTraceback ...\n'
+    error = TrainingError(f'{text}mmlinglo.engine.errors.TrainingError: a.jpg cannot be read')
+    assert message_of(error) == 'error: a.jpg cannot be read'
+
+
+def test_an_unknown_type_is_a_mistake():
+    with pytest.raises(SystemExit, match=r'^error: .*NoSuchModel is not in the .*registry'):
+        run(lambda: MODELS.build(dict(type='NoSuchModel')))
+
+
+@pytest.mark.parametrize('error', [KeyError('a key'), RuntimeError('a fault of ours')])
+def test_other_errors_keep_their_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        run(main)
+
+
+def test_a_tool_that_succeeds():
+    done = []
+    run(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_config_with_settings():
+    assert load_config(CONFIG, {'train_cfg.max_epochs': 3}).train_cfg.max_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ('content', 'options', 'message'),
+    [
+        (None, None, r"config '.*config\.py' not found"),
+        ('x = (', None, r"config '.*config\.py': SyntaxError"),
+        ('x = 1', None, 'lacks model and default_scope: give the config of an experiment'),
+        ("model = dict()\ndefault_scope = 'mmdet'", {'model.x.y.z': 1}, None),
+        ('model = [1]', {'model.k': 1}, '--cfg-options do not fit'),
+    ],
+)
+def test_configs(content, options, message, tmp_path):
+    path = tmp_path / 'config.py'
+    if content is not None:
+        path.write_text(content)
+    if message is None:
+        assert load_config(str(path), options).model.x.y.z == 1
+        return
+    with pytest.raises(UsageError, match=message):
+        load_config(str(path), options)
+
+
+def test_device(monkeypatch):
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+    assert cli.checked_device(None) == cli.checked_device('cpu') == 'cpu'
+    with pytest.raises(UsageError, match="--device 'abacus' cannot be used here: "):
+        cli.checked_device('abacus')
+
+
+@pytest.fixture
+def load_runner_config(monkeypatch, tmp_path):
+    """Of command lines of train.py, with what it changes in this process undone."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setattr(cli, 'use_in_mmengine', lambda trust: trusted.append(trust))
+    monkeypatch.setattr(cli, 'prepare_cpu_distributed', lambda cfg: prepared.append(cfg))
+    monkeypatch.chdir(tmp_path)
+    trusted, prepared = [], []
+
+    def call(*args) -> argparse.Namespace:
+        cfg = cli.load_runner_config(runner_parser('').parse_args([CONFIG, *args]))
+        return argparse.Namespace(cfg=cfg, trusted=trusted, prepared=prepared)
+
+    return call
+
+
+def test_work_dir(load_runner_config):
+    assert load_runner_config().cfg.work_dir == 'work_dirs/linglo-b0_2xb16-8e_shapes'
+    assert load_runner_config('--cfg-options', 'work_dir=theirs').cfg.work_dir == 'theirs'
+    given = load_runner_config('--work-dir', 'given', '--cfg-options', 'work_dir=theirs')
+    assert given.cfg.work_dir == 'given'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='of machines without GPUs')
+def test_launchers_without_gpus(load_runner_config):
+    found = load_runner_config('--launcher', 'pytorch')
+    assert found.prepared == [found.cfg]
+    assert found.cfg.launcher == 'pytorch'
+    assert load_runner_config().prepared == [found.cfg]  # none without a launcher
+    with pytest.raises(UsageError, match='--launcher slurm needs GPUs'):
+        load_runner_config('--launcher', 'slurm')
+
+
+def test_more_processes_than_gpus(load_runner_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    with pytest.raises(UsageError, match='2 processes on a machine with 1 GPUs'):
+        load_runner_config('--launcher', 'pytorch')
+
+
+@pytest.mark.parametrize('trust', [False, True])
+def test_trust(load_runner_config, trust):
+    assert load_runner_config(*['--trust-checkpoint'] * trust).trusted == [trust]

@@ -1,0 +1,47 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import pytest
+import torch
+from torch import nn
+
+from mmlinglo.utils.deploy import relative_difference, switch_to_deploy
+
+
+class Model(nn.Module):
+    """Outputs nested as those of the toolboxes are: a tensor of maps and a list of one."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([first, second]))
+
+    def forward(self, images, mode):
+        assert mode == 'tensor'
+        assert images.dtype == self.scale.dtype == torch.float64
+        assert images.shape == (2, 3, 16, 16)
+        return images * self.scale[0], [100 * images * self.scale[1]]
+
+
+@pytest.mark.parametrize(
+    ('other', 'expected'),
+    [((1.0, 1.0), 0.0), ((1.25, 1.0), 0.25), ((1.0, 0.5), 0.5), ((1.25, 0.5), 0.5)],
+)
+def test_relative_difference(other, expected):
+    first, second = Model(1.0, 1.0), Model(*other)
+    assert relative_difference(first, second, image_size=16) == pytest.approx(expected)
+    assert first.scale.dtype == second.scale.dtype == torch.float32
+    assert not any(p.requires_grad is False for p in first.parameters())
+
+
+def test_outputs_of_zeros():
+    assert relative_difference(Model(0.0, 0.0), Model(0.0, 0.0), image_size=16) == 0
+
+
+def test_every_part_is_switched():
+    class Part(nn.Module):
+        deployed = 0
+
+        def switch_to_deploy(self):
+            self.deployed += 1
+
+    model = nn.Sequential(Part(), nn.Sequential(nn.Linear(1, 1), Part()))
+    switch_to_deploy(model)
+    assert (model[0].deployed, model[1][1].deployed) == (1, 1)
