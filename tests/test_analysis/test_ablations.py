@@ -5,6 +5,8 @@ import csv
 import hashlib
 import json
 import pickle
+import signal
+import subprocess
 
 import cv2
 import numpy as np
@@ -272,6 +274,64 @@ def test_where_a_training_goes_on(tmp_path):
     assert ablations.read_run(work_dir) == [(1, 20.0), (2, 30.0), (3, 35.0), (4, 40.0)]
     (work_dir / 'epoch_4.pth').unlink()
     assert not ablations.is_finished(settings)
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+settings, _, work_dir, *resume = sys.argv[1:]
+work_dir = Path(work_dir)
+first = int(resume[1].split('epoch_')[1][0]) + 1 if resume else 1
+for epoch in range(first, 4):
+    if epoch == 3 and not resume:
+        print('stopped before epoch 3')
+        sys.exit(1)
+    folder = work_dir / f'run{first}{epoch}' / 'vis_data'
+    folder.mkdir(parents=True)
+    row = {'accuracy/top1': 10.0 * epoch, 'step': epoch}
+    (folder / 'scalars.json').write_text(json.dumps(row))
+    (work_dir / f'epoch_{epoch}.pth').touch()
+print('arguments', settings, *resume)
+"""
+
+
+def test_a_training_goes_on_and_keeps_its_last_checkpoint(tmp_path):
+    """Of a program that fails after two of three epochs when it starts from nothing."""
+    (tmp_path / 'train.py').write_text(PROGRAM)
+    settings, work_dir = tmp_path / 'seed0.py', tmp_path / 'seed0'
+    settings.write_text('train_cfg = dict(max_epochs=3)\n')
+    with ablations.lock(tmp_path / 'seed0.lock') as locked:
+        assert not ablations.train(tmp_path / 'train.py', settings, locked)
+        assert sorted(path.name for path in work_dir.glob('*.pth')) == [
+            'epoch_1.pth',
+            'epoch_2.pth',
+        ]
+        assert ablations.train(tmp_path / 'train.py', settings, locked)
+    assert [path.name for path in work_dir.glob('*.pth')] == ['epoch_3.pth']
+    assert (work_dir / 'train.log').read_text().splitlines() == [
+        'stopped before epoch 3',
+        f'arguments {settings} --resume {work_dir / "epoch_2.pth"}',
+    ]
+
+
+def test_an_interrupted_campaign_ends_its_training(tmp_path, monkeypatch):
+    (tmp_path / 'train.py').write_text('import time\ntime.sleep(600)\n')
+    settings = tmp_path / 'seed0.py'
+    settings.write_text('train_cfg = dict(max_epochs=3)\n')
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(ablations.subprocess, 'Popen', Interrupted)
+    with ablations.lock(tmp_path / 'seed0.lock') as locked:
+        with pytest.raises(KeyboardInterrupt):
+            ablations.train(tmp_path / 'train.py', settings, locked)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def runs_of(**top1):

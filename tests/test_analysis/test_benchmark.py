@@ -187,6 +187,22 @@ def test_whole_setting_reaches_the_step(monkeypatch):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_profile_in_a_process_of_its_own():
+    small, large = (
+        call_in_fresh_process(
+            benchmark._profile,
+            Variant('resnet18'),
+            Setting(shape=(size, size), threads=1, maps=True),
+            None,
+        )
+        for size in (64, 640)
+    )
+    # The maps alone, four of which the network returns: 64 channels of half the size, and more.
+    assert large.peak_memory_mib > 64 * 320 * 320 * 4 / 2**20
+    assert large.peak_memory_mib > small.peak_memory_mib
+    assert small.first_call_s > 0
+
+
 def fake_processes(monkeypatch, profiles):
     """Results of the processes: given profiles, and 10 ms more for each backbone timed."""
 
