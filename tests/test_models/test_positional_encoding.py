@@ -231,6 +231,17 @@ def test_each_part_of_the_norm_matters(mutation):
     assert (wrong(x) - expected).abs().max() > 1e-2
 
 
+def test_biases_of_convolutions_are_fused():
+    """ConvModule makes none beside a norm, but a user's conversion may."""
+    encoding = random_encoding().eval()
+    for branch in encoding.branches:
+        branch.conv.bias = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    expected = encoding(x)
+    encoding.switch_to_deploy()
+    assert_close(encoding(x), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_fusion_is_in_float64():
     """float32 weights are fused without an intermediate rounding."""
     encoding = random_encoding(channels=64).float().eval()

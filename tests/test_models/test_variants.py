@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from mmlinglo import LinGlo
 from mmlinglo.models import DotProductAttention
+from mmlinglo.models.layers import AbsolutePositionEmbedding
 
 ISOTROPIC = dict(
     embed_dims=(12,) * 4,
@@ -140,6 +141,9 @@ def test_dot_product_attention():
     assert_close(attn(x), attn.proj(torch.cat(heads, dim=-1)), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match='num_heads=5 for embed_dims=64'):
         DotProductAttention(64, 5)
+    assert attn.qkv.bias is not None
+    assert DotProductAttention(12, 3, qkv_bias=False).qkv.bias is None
+    assert str(attn).startswith('DotProductAttention(\n  embed_dims=12, num_heads=3\n')
 
 
 def test_key_only_and_dot_product_attention_have_the_same_size():
@@ -159,6 +163,18 @@ def test_absolute_position_embedding_is_resized_only_for_other_sizes():
     assert torch.equal(embedding(zeros), embedding.pos_embed.permute(0, 2, 3, 1))
     torch.nn.init.constant_(embedding.pos_embed, 3.0)
     assert_close(embedding(torch.zeros(1, 5, 11, 16)), torch.full((1, 5, 11, 16), 3.0))
+
+
+def test_absolute_position_embedding_starts_small_and_is_resized_between_pixel_centres():
+    embedding = AbsolutePositionEmbedding(64, 16)
+    assert embedding.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    ramp = torch.arange(4.0)
+    embedding = AbsolutePositionEmbedding(1, 4)
+    embedding.pos_embed.data.copy_(ramp.expand(1, 1, 4, 4))
+    # Twice as wide: centres lie a quarter and three quarters between those of the grid.
+    expected = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0])
+    assert_close(embedding(torch.zeros(1, 4, 8, 1))[0, 0, :, 0], expected)
+    assert_close(embedding(torch.zeros(1, 8, 4, 1))[0, 5, :, 0], ramp)
 
 
 def test_patches_do_not_overlap():
