@@ -14,7 +14,7 @@ def build_model(cfg: Config) -> nn.Module:
     init_default_scope(cfg.default_scope)
     model_cfg = copy.deepcopy(cfg.model)
     if 'data_preprocessor' in cfg:
-        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+        model_cfg.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
     return revert_sync_batchnorm(MODELS.build(model_cfg))
 
 

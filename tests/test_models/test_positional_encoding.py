@@ -133,6 +133,19 @@ def test_autocast_is_about_as_precise_as_the_branches(dtype):
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_trains_in_half_precision_altogether(dtype):
+    """Statistics are float32 all the same; what is rounded is what goes in and out."""
+    half = random_encoding().to(dtype).train()
+    exact = copy.deepcopy(half).double()
+    x = torch.randn(2, 6, 9, 8).to(dtype)
+    out = half(x)
+    assert out.dtype == dtype
+    assert_close(out.double(), exact(x.double()), rtol=2e-2, atol=5e-2)
+    out.float().sum().backward()
+    assert all(p.grad.dtype == dtype for p in half.parameters())
+
+
 def test_only_the_input_is_kept_for_the_backward_pass():
     encoding = ConditionalPositionalEncoding(32).train()
     x = torch.randn(2, 32, 40, 40).to(memory_format=torch.channels_last).requires_grad_()

@@ -1,9 +1,13 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import copy
+
 import pytest
 import torch
+from conftest import ROOT
+from mmengine.config import Config
 from torch import nn
 
-from mmlinglo.utils.deploy import relative_difference, switch_to_deploy
+from mmlinglo.utils.deploy import build_model, relative_difference, switch_to_deploy
 
 
 class Model(nn.Module):
@@ -45,3 +49,18 @@ def test_every_part_is_switched():
     model = nn.Sequential(Part(), nn.Sequential(nn.Linear(1, 1), Part()))
     switch_to_deploy(model)
     assert (model[0].deployed, model[1][1].deployed) == (1, 1)
+
+
+@pytest.mark.parametrize('where', ['beside the model', 'inside'])
+def test_models_get_their_preprocessing_and_configs_stay_as_they_are(where):
+    cfg = Config.fromfile(ROOT / 'configs/quickstart/linglo-b0_2xb16-8e_shapes.py')
+    wanted = dict(type='ClsDataPreprocessor', mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
+    cfg.data_preprocessor = wanted
+    if where == 'inside':
+        cfg.data_preprocessor = dict(wanted, mean=[7.0, 7.0, 7.0])
+        cfg.model.data_preprocessor = wanted
+    before = copy.deepcopy(cfg.to_dict())
+    model = build_model(cfg)
+    assert model.data_preprocessor.mean.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert model.data_preprocessor.std.flatten().tolist() == [4.0, 5.0, 6.0]
+    assert cfg.to_dict() == before
