@@ -1,7 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import ROOT
 from torch.testing import assert_close
 
 from mmlinglo.models.layers import autocorrelation as module
+from mmlinglo.models.layers import chunking
 from mmlinglo.models.layers.patch_moments import patch_moments
 
 SIZES = [(1, 1), (1, 2), (2, 1), (1, 5), (4, 1), (2, 2), (2, 3), (3, 3), (4, 5), (7, 7), (6, 8)]
@@ -116,6 +119,40 @@ print('equal')
     assert done.stdout.split() == ['equal'], done.stderr[-2000:]
 
 
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it were on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'contiguous', 'on_gpu', 'works', 'kernel'),
+    [
+        (torch.float32, True, True, True, True),
+        (torch.bfloat16, True, True, True, True),
+        (torch.float64, True, True, True, False),
+        (torch.float32, False, True, True, False),
+        (torch.float32, True, False, True, False),
+        (torch.float32, True, True, False, False),
+    ],
+)
+def test_when_the_kernel_is_used(monkeypatch, dtype, contiguous, on_gpu, works, kernel):
+    calls, devices = [], []
+    fake = types.SimpleNamespace(autocorrelation_triton=lambda *args: calls.append(args))
+    monkeypatch.setitem(sys.modules, 'mmlinglo.models.layers.autocorrelation_triton', fake)
+    monkeypatch.setattr(module, '_triton_works', lambda device: devices.append(device) or works)
+    x = torch.randn(2, 6, 5, 4).to(dtype)
+    x = x if contiguous else x.transpose(1, 2)
+    centre = torch.zeros(4, dtype=torch.promote_types(dtype, torch.float32))
+    out = module.autocorrelation(x.as_subclass(OnGPU) if on_gpu else x, centre)
+    assert (out is None) is kernel
+    if kernel:
+        ((given, given_centre),) = calls
+        assert isinstance(given, OnGPU)
+        assert given_centre is centre
+        assert devices == [x.device]
+
+
 def test_without_a_working_triton_the_convolutions_are_used(monkeypatch, caplog):
     """The probe finds, and says, that nothing can be compiled (here: no GPU)."""
     from mmengine.logging import MMLogger
@@ -129,3 +166,19 @@ def test_without_a_working_triton_the_convolutions_are_used(monkeypatch, caplog)
     finally:
         logger.removeHandler(caplog.handler)
     assert "PyTorch's convolutions are used instead" in caplog.text
+
+
+def test_chunks_of_images(monkeypatch):
+    """On a CPU, as many images at a time as fit the cache, but at least one."""
+    monkeypatch.setattr(chunking, 'CHUNK_ELEMENTS', 100)
+    for shape, sizes in (
+        ((7, 5, 8), [2, 2, 2, 1]),
+        ((4, 5, 5), [4]),
+        ((2, 30, 30), [1, 1]),
+        ((0, 30, 30), [0]),
+    ):
+        x = torch.arange(math.prod(shape)).view(shape)
+        chunks = [x[chunk] for chunk in chunking.image_chunks(x)]
+        assert [len(chunk) for chunk in chunks] == sizes
+        assert torch.equal(torch.cat(chunks), x)
+    assert len(chunking.image_chunks(torch.empty(7, 30, 30, device='meta'))) == 1
