@@ -13,6 +13,10 @@ DYNAMIC_SIZES = {0: 'batch', 2: 'height', 3: 'width'}
 OPSETS = range(18, 24)  # that PyTorch's exporter writes; below 18 it falls back without an error
 
 
+class ExporterError(Exception):
+    """PyTorch's exporter has written something else than it was asked for."""
+
+
 class Logits(nn.Module):
     """A classifier as a function from images (B, 3, H, W) to logits (B, classes).
 
@@ -71,7 +75,7 @@ def export_onnx(
 
     Raises:
         ValueError: If ``opset`` is another one.
-        NotImplementedError: If this PyTorch's exporter does not do what was
+        ExporterError: If this PyTorch's exporter does not do what was
             asked for: that of 2.5 fixes all sizes and writes opset 18. No file is
             written then.
     """
@@ -89,14 +93,14 @@ def export_onnx(
     )
     written = program.model.opset_imports['']
     if opset not in (None, written):
-        raise NotImplementedError(
+        raise ExporterError(
             f'the exporter of PyTorch {torch.__version__} writes opset {written} when asked for '
             f'{opset}: leave the opset out, or export with a later PyTorch'
         )
     if dynamic and any(
         isinstance(program.model.graph.inputs[0].shape[i], int) for i in DYNAMIC_SIZES
     ):
-        raise NotImplementedError(
+        raise ExporterError(
             f'the exporter of PyTorch {torch.__version__} fixes sizes that are to be free: export '
             'one file for each size, or export with a later PyTorch'
         )

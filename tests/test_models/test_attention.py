@@ -231,3 +231,10 @@ def test_the_folded_order_is_as_precise_in_half_precision():
 def test_heads_must_divide_the_channels():
     with pytest.raises(ValueError, match='num_heads=5 for embed_dims=64'):
         KeyOnlyAttention(64, 5)
+
+
+def test_repr_says_which_form_it_is():
+    attn = KeyOnlyAttention(12, 3).eval()
+    assert attn.extra_repr() == 'embed_dims=12, num_heads=3, deploy=False'
+    attn.switch_to_deploy()
+    assert attn.extra_repr() == 'embed_dims=12, num_heads=3, deploy=True'

@@ -1,6 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import copy
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from reference import rp_cpe
 from torch.testing import assert_close
 
 from mmlinglo.models import ConditionalPositionalEncoding
+from mmlinglo.models.layers import synchronize
 
 VARIANTS = pytest.mark.parametrize(
     ('num_branches', 'skip'), [(1, False), (1, True), (4, False), (4, True)]
@@ -322,3 +324,29 @@ def test_the_deployed_form_gives_its_convolution():
     kernel, bias = encoding.kernel_and_bias(torch.randn(1, 4, 5, 5))
     assert kernel is encoding.reparam.weight
     assert bias is encoding.reparam.bias
+
+
+def test_statistics_are_exchanged_within_their_group(monkeypatch):
+    """Both ways, with a stand-in for a group of two processes which hold the same."""
+    groups = []
+
+    def all_reduce(x, group=None):
+        groups.append(group)
+        x.mul_(2)
+
+    stand_in = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_world_size=lambda group: groups.append(group) or 2,
+        all_reduce=all_reduce,
+    )
+    monkeypatch.setattr(synchronize, 'dist', stand_in)
+    mean = torch.tensor([1.0, 2.0], requires_grad=True)
+    var = torch.tensor([3.0, 4.0], requires_grad=True)
+    synchronized = synchronize.synchronize_statistics(mean, var, 5, 'ours')
+    for found, expected in zip(synchronized, (mean, var, torch.tensor(10.0))):
+        assert_close(found, expected)
+    (synchronized[0].sum() + synchronized[1].sum()).backward()
+    assert_close(mean.grad, torch.ones(2))
+    assert groups == ['ours'] * len(groups)
+    assert len(groups) == 5  # the size, and two exchanges there and back

@@ -18,6 +18,7 @@ from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, lo
 from mmlinglo.utils.deploy import build_model, switch_to_deploy
 from mmlinglo.utils.export import (
     OPSETS,
+    ExporterError,
     Logits,
     export_onnx,
     preprocessing,
@@ -101,7 +102,7 @@ def main() -> None:
             shape = tuple(batches[0].shape)
             try:
                 export_onnx(part, file, shape, names, args.dynamic, args.opset, metadata)
-            except NotImplementedError as error:
+            except ExporterError as error:
                 raise UsageError(str(error)) from error
             errors = [relative_error(run_onnx(file, x), y) for x, y in zip(batches, expected)]
             if not max(errors) <= TOLERANCE:
