@@ -238,3 +238,7 @@ def test_repr_says_which_form_it_is():
     assert attn.extra_repr() == 'embed_dims=12, num_heads=3, deploy=False'
     attn.switch_to_deploy()
     assert attn.extra_repr() == 'embed_dims=12, num_heads=3, deploy=True'
+
+
+def test_saliency_starts_small():
+    assert KeyOnlyAttention(1024, 4).saliency.std().item() == pytest.approx(0.02, rel=0.1)

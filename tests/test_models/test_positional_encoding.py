@@ -23,7 +23,7 @@ def random_encoding(channels=6, **kwargs):
     return randomize_norms_(ConditionalPositionalEncoding(channels, **kwargs)).double()
 
 
-def reference(encoding, x, use_batch_statistics):
+def reference(encoding, x, skip, use_batch_statistics):
     branches = [
         dict(
             kernel=b.conv.weight.detach().numpy()[:, 0],
@@ -34,7 +34,7 @@ def reference(encoding, x, use_batch_statistics):
         )
         for b in encoding.branches
     ]
-    return torch.from_numpy(rp_cpe(x.numpy(), branches, encoding.skip, use_batch_statistics))
+    return torch.from_numpy(rp_cpe(x.numpy(), branches, skip, use_batch_statistics))
 
 
 @VARIANTS
@@ -43,7 +43,7 @@ def reference(encoding, x, use_batch_statistics):
 def test_matches_the_paper(num_branches, skip, training, size):
     encoding = random_encoding(num_branches=num_branches, skip=skip).train(training)
     x = torch.randn(3, 6, *size, dtype=torch.float64)
-    expected = reference(encoding, x, use_batch_statistics=training)
+    expected = reference(encoding, x, skip, use_batch_statistics=training)
     assert_close(encoding(x).detach(), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -287,9 +287,14 @@ def test_only_batch_norms_can_be_fused():
     assert np.isfinite(encoding(torch.randn(1, 8, 4, 4)).detach().numpy()).all()
 
 
-def test_needs_a_branch():
-    with pytest.raises(ValueError, match='got 0'):
-        ConditionalPositionalEncoding(8, num_branches=0)
+def test_sizes():
+    for wrong in ('channels', 'num_branches'):
+        sizes = {**dict(channels=8, num_branches=4), wrong: 0}
+        with pytest.raises(ValueError, match=f'^{wrong} must be an integer of at least 1, got 0'):
+            ConditionalPositionalEncoding(**sizes)
+        ConditionalPositionalEncoding(**{**sizes, wrong: 1})
+    expected = 'channels=8, num_branches=4, skip=True, deploy=False'
+    assert ConditionalPositionalEncoding(8).extra_repr() == expected
 
 
 def test_channels_last_stays_channels_last():
