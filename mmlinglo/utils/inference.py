@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -51,7 +52,7 @@ class Prediction(NamedTuple):
     labels: Optional[np.ndarray] = None
 
 
-class Predictor:
+class Predictor(ABC):
     """An inferencer as a function from a batch of images to predictions.
 
     Subclasses build ``inferencer`` and define ``samples`` and ``prediction``.
@@ -70,9 +71,9 @@ class Predictor:
         """Data samples of the toolbox, one per image."""
         return self.inferencer.forward(next(iter(self._preprocess(images))))
 
+    @abstractmethod
     def prediction(self, image: np.ndarray, sample: Any) -> Prediction:
         """Result and drawing of one image."""
-        raise NotImplementedError
 
     def _preprocess(self, images: List[np.ndarray]) -> Iterable[Any]:
         return self.inferencer.preprocess(images, batch_size=len(images))
