@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from mmlinglo.models.layers import autocorrelation as module
 from mmlinglo.models.layers import chunking
-from mmlinglo.models.layers.patch_moments import patch_moments
+from mmlinglo.models.layers.patch_moments import linear_patch_moments, patch_moments
 
 SIZES = [(1, 1), (1, 2), (2, 1), (1, 5), (4, 1), (2, 2), (2, 3), (3, 3), (4, 5), (7, 7), (6, 8)]
 
@@ -45,6 +45,27 @@ def test_values_and_gradients(size, memory_format):
 def test_gradcheck():
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(patch_moments, x)
+
+
+def test_a_linear_layer_and_the_moments_of_its_maps(monkeypatch):
+    """In chunks of two of five images, with a gradient of the maps from elsewhere."""
+    monkeypatch.setattr(chunking, 'CHUNK_ELEMENTS', 2 * 6 * 7 * 4)
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 6, 7, 3), (4, 3), (4,))
+    )
+    heads = [torch.randn(*s, dtype=torch.float64) for s in ((5, 6, 7, 4), (4, 9), (4, 9, 9))]
+    maps = F.linear(x, weight, bias)
+    expected = (maps, *reference(maps.permute(0, 3, 1, 2)))
+    loss = sum((value * head).sum() for value, head in zip(expected, heads))
+    gradients = torch.autograd.grad(loss, (x, weight, bias))
+    pending = chunking.PendingGradient()
+    got = linear_patch_moments(x, weight, bias, pending)
+    assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    pending.chunks = list(heads[0].split(2))
+    loss = sum((value * head).sum() for value, head in zip(got[1:], heads[1:]))
+    assert_close(torch.autograd.grad(loss, (x, weight, bias)), gradients, rtol=1e-11, atol=1e-11)
+    assert pending.chunks is None
 
 
 @pytest.mark.parametrize('mean', [0.0, 10.0, 1e3, 1e5])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import onednn
 from .chunking import CHUNK_ELEMENTS, PendingGradient, linear_by_images
 from .patch_embed import LayerNorm
+from .patch_moments import linear_patch_moments
 from .positional_encoding import ConditionalPositionalEncoding, depthwise_conv, has_hooks
 from .precision import cpu_autocast_is_on
 
@@ -95,9 +96,13 @@ class FFN(nn.Module):
         return x[..., 0].numel() * self.fc1.out_features
 
     def _forward_by_images(self, x: Tensor, outside: Optional[Tensor]) -> Tensor:
-        hidden = zero_outside(self.fc1(x), outside)
-        pending = PendingGradient() if self.pos_encoding.uses_batch_statistics else None
-        kernel, bias = self.pos_encoding.kernel_and_bias(hidden.permute(0, 3, 1, 2), pending)
+        encoding, pending, moments = self.pos_encoding, None, None
+        if encoding.uses_batch_statistics and outside is None:
+            pending = PendingGradient()
+            hidden, *moments = linear_patch_moments(x, self.fc1.weight, self.fc1.bias, pending)
+        else:
+            hidden = zero_outside(self.fc1(x), outside)
+        kernel, bias = encoding.kernel_and_bias(hidden.permute(0, 3, 1, 2), moments)
         return linear_by_images(
             _encode,
             hidden,

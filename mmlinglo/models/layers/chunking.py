@@ -21,7 +21,7 @@ def image_chunks(x: Tensor) -> List[slice]:
 
 
 class PendingGradient:
-    """The gradient of a map from one of its two readers, chunk by chunk, until the other one adds its own."""
+    """The gradient of a map from its reader, chunk by chunk, until what made the map adds that of its moments."""
 
     chunks: Optional[List[Tensor]] = None
 
@@ -45,8 +45,9 @@ def linear_by_images(
         weight: Of the linear layer, (C', C).
         bias: Of the linear layer, (C',).
         pending: Where to leave the gradient of ``x`` for the backward pass of
-            something else that reads ``x`` and on which one of ``tensors``
-            depends, so that it comes later. None to return it as usual.
+            :func:`~.patch_moments.linear_patch_moments`, which made ``x`` and
+            on whose moments one of ``tensors`` depends, so that it comes later.
+            None to return it as usual.
 
     Returns:
         The result, (B, ..., C'), differentiable once.

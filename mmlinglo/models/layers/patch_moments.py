@@ -23,7 +23,7 @@ known from the geometry.
 
 from functools import lru_cache
 from itertools import product
-from typing import Optional, Tuple
+from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -38,66 +38,115 @@ OFFSETS = list(product((-1, 0, 1), repeat=2))
 LAGS = list(product((-2, -1, 0, 1, 2), repeat=2))
 
 
-def patch_moments(x: Tensor, pending: Optional[PendingGradient] = None) -> Tuple[Tensor, Tensor]:
+def patch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and covariance of the zero-padded 3x3 patches of each channel, differentiable once.
 
     Args:
         x: Maps, (B, C, H, W), channels-last ones without a copy in that layout.
-        pending: Where another reader of ``x``, which depends on the moments,
-            leaves its gradient of ``x`` as (B, H, W, C); see :func:`linear_by_images`.
-            ``x`` is then in float32 or wider.
 
     Returns:
         Mean (C, 9) and covariance (C, 9, 9) over the B * H * W patches; a
         patch's entries in the order of a flattened 3x3 kernel. float32 for half
         precision inputs.
     """
-    return _PatchMoments.apply(x, pending)
+    return _PatchMoments.apply(x)
+
+
+def linear_patch_moments(
+    x: Tensor, weight: Tensor, bias: Tensor, pending: PendingGradient
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """``F.linear(x, weight, bias)`` and the moments of its patches, differentiable once.
+
+    In chunks of images, of which the moments are taken, and in the backward pass
+    the gradients of the linear layer, while they are in the cache. The result's
+    own gradient is never held as a whole.
+
+    Args:
+        x: Maps, (B, H, W, C).
+        weight: Of the linear layer, (C', C).
+        bias: Of the linear layer, (C',).
+        pending: Where the one reader of the result that depends on the moments
+            leaves its gradient of the result, see
+            :func:`~.chunking.linear_by_images`. It has no other gradient.
+
+    Returns:
+        The result (B, H, W, C') and mean and covariance as of :func:`patch_moments`.
+    """
+    return _LinearPatchMoments.apply(x, weight, bias, pending)
 
 
 class _PatchMoments(torch.autograd.Function):
     """Keeps nothing but ``x`` for the backward pass, which a convolution after it keeps anyway."""
 
     @staticmethod
+    def forward(ctx, x: Tensor):  # noqa: ANN001, ANN205
+        with autocast_off(x):
+            maps = x.permute(0, 2, 3, 1)
+            centre = full_precision(maps).mean((0, 1, 2))
+            mean, covariance = _moments(maps, centre, autocorrelation(maps, centre))
+        ctx.save_for_backward(x, mean)
+        return mean, covariance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_covariance: Tensor):  # noqa: ANN001, ANN205
+        x, mean = ctx.saved_tensors
+        with autocast_off(x):
+            adjoint = _MomentsAdjoint(x.permute(0, 2, 3, 1), mean, grad_mean, grad_covariance)
+            return adjoint(x).to(x.dtype)
+
+
+class _LinearPatchMoments(torch.autograd.Function):
+    @staticmethod
     def forward(  # noqa: ANN205
         ctx,  # noqa: ANN001
         x: Tensor,
-        pending: Optional[PendingGradient],
+        weight: Tensor,
+        bias: Tensor,
+        pending: PendingGradient,
     ):
-        with autocast_off(x):
-            mean, covariance = _moments(x)
-        ctx.save_for_backward(x, mean)
+        result = x.new_empty(*x.shape[:-1], len(weight))
+        centre = full_precision(x).mean((0, 1, 2))
+        centre = F.linear(centre, full_precision(weight), full_precision(bias))
+        correlation = 0
+        for chunk in image_chunks(result):
+            flat = result[chunk].flatten(0, -2)
+            torch.addmm(bias, x[chunk].flatten(0, -2), weight.t(), out=flat)
+            correlation = correlation + autocorrelation(result[chunk], centre)
+        mean, covariance = _moments(result, centre, correlation)
+        ctx.save_for_backward(x, weight, result, mean)
         ctx.pending = pending
-        return mean, covariance
+        ctx.mark_non_differentiable(result)
+        ctx.set_materialize_grads(False)  # zeros as large as the result
+        return result, mean, covariance
 
     @staticmethod
     @once_differentiable
     def backward(  # noqa: ANN205
         ctx,  # noqa: ANN001
+        _: Tensor,
         grad_mean: Tensor,
         grad_covariance: Tensor,
     ):
-        x, mean = ctx.saved_tensors
-        with autocast_off(x):
-            # covariance = S - m m^T
-            both = grad_covariance + grad_covariance.transpose(1, 2)
-            grad_mean = grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)
-            adjoint = _MomentsAdjoint(x, grad_mean, grad_covariance)
-            if ctx.pending is None:
-                return adjoint(full_precision(x)).to(x.dtype), None
-            others, ctx.pending.chunks = ctx.pending.chunks, None
-            grad = torch.empty_like(x)
-            for chunk, other in zip(image_chunks(x), others):
-                torch.add(adjoint(x[chunk]), other.permute(0, 3, 1, 2), out=grad[chunk])
-            return grad, None
+        x, weight, result, mean = ctx.saved_tensors
+        adjoint = _MomentsAdjoint(result, mean, grad_mean, grad_covariance)
+        others, ctx.pending.chunks = ctx.pending.chunks, None
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_bias = 0
+        for chunk, other in zip(image_chunks(result), others):
+            grad = adjoint(result[chunk].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            grad = grad.to(x.dtype).add_(other).flatten(0, -2)
+            torch.mm(grad, weight, out=grad_x[chunk].flatten(0, -2))
+            grad_weight.addmm_(grad.t(), x[chunk].flatten(0, -2))
+            grad_bias = grad_bias + grad.sum(0)
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    n = x.numel() // x.shape[1]
-    height, width = x.shape[2:]
-    x = x.permute(0, 2, 3, 1)
-    centre = full_precision(x).mean((0, 1, 2))
-    second = _products(x, centre) @ _ASSEMBLY.to(centre) / n
+def _moments(x: Tensor, centre: Tensor, correlation: Tensor) -> Tuple[Tensor, Tensor]:
+    """Of maps (B, H, W, C), with their mean (C,) and the autocorrelation (C, 5, 5) of x - centre."""
+    height, width = x.shape[1:3]
+    n = x.numel() // x.shape[3]
+    second = _products(x, centre, correlation) @ _ASSEMBLY.to(centre) / n
 
     # First moments of x - centre where a shifted map overlaps the map, see _overlap.
     sums = _overlap_sums(x, centre) / n
@@ -117,7 +166,7 @@ def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean + centre.unsqueeze(1) * inside_mean, covariance
 
 
-def _products(x: Tensor, centre: Tensor) -> Tensor:
+def _products(x: Tensor, centre: Tensor, correlation: Tensor) -> Tensor:
     """Of x - centre, (B, H, W, C), all sums of products that S is made of: (C, 49).
 
     R at 25 lags, first and last row's at 5 lags, first and last column's, squares of 4 corners.
@@ -127,14 +176,7 @@ def _products(x: Tensor, centre: Tensor) -> Tensor:
     border = torch.stack([_line_autocorrelation(lines) for lines in (rows, columns)])
     border = border[:, [2, 1, 0, 1, 2]].permute(3, 0, 2, 1)  # (C, 2, 2, 5)
     corners = rows[:, :, [0, -1]].square().sum(1)  # (2, 2, C)
-    return torch.cat(
-        [
-            autocorrelation(x, centre).flatten(1),
-            border.flatten(1),
-            corners.flatten(0, 1).t(),
-        ],
-        dim=1,
-    )
+    return torch.cat([correlation.flatten(1), border.flatten(1), corners.flatten(0, 1).t()], dim=1)
 
 
 def _line_autocorrelation(lines: Tensor) -> Tensor:
@@ -182,12 +224,14 @@ def _inside_moments(height: int, width: int) -> Tuple[Tensor, Tensor]:
 
 
 class _MomentsAdjoint:
-    """Gradient of x from those of m (C, 9) and S (C, 9, 9), image by image."""
+    """Gradient of maps from those of mean (C, 9) and covariance (C, 9, 9), image by image."""
 
-    def __init__(self, x: Tensor, grad_mean: Tensor, grad_second: Tensor) -> None:
-        channels = x.shape[1]
-        n = x.numel() // channels
-        grad = grad_second.flatten(1) @ _ASSEMBLY.to(grad_second).t() / n
+    def __init__(self, x: Tensor, mean: Tensor, grad_mean: Tensor, grad_covariance: Tensor) -> None:
+        n = x.numel() // x.shape[3]
+        # covariance = S - m m^T
+        both = grad_covariance + grad_covariance.transpose(1, 2)
+        grad_mean = grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)
+        grad = grad_covariance.flatten(1) @ _ASSEMBLY.to(mean).t() / n
         lags, border, corners = grad.split([25, 20, 4], dim=1)
         border = border.view(-1, 2, 2, 5)
         self.shift = grad_mean.view(-1, 3, 3) / n
@@ -197,8 +241,9 @@ class _MomentsAdjoint:
         self.corners = 2 * corners.view(-1, 2, 2)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Gradient of some images, (B', C, H, W)."""
+        """Gradient of some images, (B', C, H, W), in the dtype of the moments."""
         shift, channels = self.shift, x.shape[1]
+        x = full_precision(x)
         out = F.conv2d(x, self.lags, shift.sum((1, 2)), padding=2, groups=channels)
         for i, line in enumerate((0, -1)):
             offset = 2 - 2 * i  # with offset -1 (1) a patch reaches beyond the first (last) line

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import check_integer
-from .chunking import PendingGradient
 from .patch_moments import patch_moments
 from .precision import autocast_off
 from .synchronize import synchronize_statistics
@@ -141,13 +140,14 @@ class ConditionalPositionalEncoding(nn.Module):
         return not self.deploy and _uses_batch(self.branches[0].norm)
 
     def kernel_and_bias(
-        self, x: Tensor, pending: Optional[PendingGradient] = None
+        self, x: Tensor, moments: Optional[Tuple[Tensor, Tensor]] = None
     ) -> Tuple[Tensor, Tensor]:
         """Kernel and bias that do the work of all branches on ``x``; running statistics are updated.
 
         Args:
             x: Feature map, (B, C, H, W).
-            pending: See :func:`patch_moments`, for batch statistics.
+            moments: What :func:`patch_moments` says of ``x``, for batch
+                statistics; None to compute it.
 
         Returns:
             Kernel (C, 1, 3, 3) and bias (C,), differentiable.
@@ -159,7 +159,7 @@ class ConditionalPositionalEncoding(nn.Module):
             # shaped (branches, C, 9); the statistics, scales and biases (branches, C)
             kernels = torch.stack([branch.conv.weight.flatten(1) for branch in self.branches])
             if _uses_batch(norms[0]):
-                mean, var = self._batch_statistics(x, kernels, pending)
+                mean, var = self._batch_statistics(x, kernels, moments)
             else:
                 mean = torch.stack([norm.running_mean for norm in norms])
                 var = torch.stack([norm.running_var for norm in norms])
@@ -179,11 +179,11 @@ class ConditionalPositionalEncoding(nn.Module):
             return kernel.to(x.dtype), bias.to(x.dtype)
 
     def _batch_statistics(
-        self, x: Tensor, kernels: Tensor, pending: Optional[PendingGradient]
+        self, x: Tensor, kernels: Tensor, moments: Optional[Tuple[Tensor, Tensor]]
     ) -> Tuple[Tensor, Tensor]:
         """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
         norms = [branch.norm for branch in self.branches]
-        patch_mean, patch_covariance = patch_moments(x, pending)
+        patch_mean, patch_covariance = moments or patch_moments(x)
         kernels = kernels.to(patch_mean)
         mean = (kernels * patch_mean).sum(-1)
         var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
