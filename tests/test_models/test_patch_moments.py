@@ -47,13 +47,16 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(patch_moments, x)
 
 
-def test_a_linear_layer_and_the_moments_of_its_maps(monkeypatch):
+@pytest.mark.parametrize('contiguous', [True, False])
+def test_a_linear_layer_and_the_moments_of_its_maps(contiguous, monkeypatch):
     """In chunks of two of five images, with a gradient of the maps from elsewhere."""
     monkeypatch.setattr(chunking, 'CHUNK_ELEMENTS', 2 * 6 * 7 * 4)
     x, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((5, 6, 7, 3), (4, 3), (4,))
     )
+    if not contiguous:
+        x = x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     heads = [torch.randn(*s, dtype=torch.float64) for s in ((5, 6, 7, 4), (4, 9), (4, 9, 9))]
     maps = F.linear(x, weight, bias)
     expected = (maps, *reference(maps.permute(0, 3, 1, 2)))

@@ -131,7 +131,7 @@ class _LinearPatchMoments(torch.autograd.Function):
         x, weight, result, mean = ctx.saved_tensors
         adjoint = _MomentsAdjoint(result, mean, grad_mean, grad_covariance)
         others, ctx.pending.chunks = ctx.pending.chunks, None
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_x, grad_weight = x.new_empty(x.shape), torch.zeros_like(weight)
         grad_bias = 0
         for chunk, other in zip(image_chunks(result), others):
             grad = adjoint(result[chunk].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
