@@ -7,7 +7,7 @@ import torch
 from reference import key_only_attention
 from torch.testing import assert_close
 
-from mmlinglo.models import KeyOnlyAttention
+from mmlinglo.models import DotProductAttention, KeyOnlyAttention
 
 
 def random_attention(embed_dims=12, num_heads=3, **kwargs):
@@ -231,6 +231,16 @@ def test_the_folded_order_is_as_precise_in_half_precision():
 def test_heads_must_divide_the_channels():
     with pytest.raises(ValueError, match='num_heads=5 for embed_dims=64'):
         KeyOnlyAttention(64, 5)
+
+
+@pytest.mark.parametrize('attention', [KeyOnlyAttention, DotProductAttention])
+@pytest.mark.parametrize('name', ['embed_dims', 'num_heads'])
+def test_arguments_are_named_in_errors(attention, name):
+    for value, error in ((0, ValueError), (2.0, TypeError)):
+        arguments = {'embed_dims': 4, 'num_heads': 2, name: value}
+        with pytest.raises(error, match=rf'^{name} must be .* of at least 1, got {value}$'):
+            attention(**arguments)
+    assert attention(1, 1)(torch.ones(1, 2, 1)).shape == (1, 2, 1)
 
 
 def test_repr_says_which_form_it_is():
