@@ -8,6 +8,7 @@ from conftest import randomize_norms_
 from torch.testing import assert_close
 
 from mmlinglo.models.layers import FFN, ConditionalPositionalEncoding, blocks, chunking
+from mmlinglo.models.layers.positional_encoding import has_hooks
 
 
 def ffn_for_inference(deploy=True, channels=4, hidden=8):
@@ -158,6 +159,14 @@ def test_hooks_see_their_modules_called(name, monkeypatch):
     handle.remove()
     with torch.no_grad():
         assert_close(ffn(x), hooked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['forward', 'forward_pre', 'full_backward', 'full_backward_pre'])
+def test_hooks_of_each_kind_are_seen(kind):
+    ffn = ffn_for_inference()
+    assert not has_hooks(ffn)
+    getattr(ffn.fc2, f'register_{kind}_hook')(lambda *_: None)
+    assert has_hooks(ffn)
 
 
 def test_pruned_weights_are_used():
