@@ -315,10 +315,12 @@ def test_pruned_branches_are_computed_one_by_one():
 
 @pytest.mark.parametrize('norm', ['BN', 'SyncBN', 'torch.nn.SyncBatchNorm'])
 def test_every_batch_norm_of_a_config_is_computed_as_one_convolution(norm):
-    encoding = ConditionalPositionalEncoding(4, norm_cfg=dict(type=norm)).eval()
-    assert encoding.is_linear
+    """In training too, and without a process group."""
+    encoding = ConditionalPositionalEncoding(4, norm_cfg=dict(type=norm))
     x = torch.randn(2, 4, 5, 6)
-    assert_close(encoding(x), encoding._forward_branches(x))
+    for mode in (True, False):
+        assert encoding.train(mode).is_linear
+        assert_close(encoding(x), encoding._forward_branches(x))
 
 
 def test_the_deployed_form_gives_its_convolution():
