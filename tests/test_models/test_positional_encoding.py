@@ -357,3 +357,10 @@ def test_statistics_are_exchanged_within_their_group(monkeypatch):
     assert_close(mean.grad, torch.ones(2))
     assert groups == ['ours'] * len(groups)
     assert len(groups) == 5  # the size, and two exchanges there and back
+
+    groups.clear()
+    encoding = ConditionalPositionalEncoding(4, norm_cfg=dict(type='torch.nn.SyncBatchNorm'))
+    for branch in encoding.branches:
+        branch.norm.process_group = 'theirs'
+    encoding(torch.randn(2, 4, 5, 6))
+    assert groups == ['theirs'] * 3
