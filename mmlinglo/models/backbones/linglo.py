@@ -139,6 +139,10 @@ class LinGlo(BaseModule):
             embedding. Batch norms in training still count the padding, as zeros.
         with_cp: Whether to recompute the blocks in the backward pass, which
             costs time and saves memory. Running statistics are updated once.
+        channels_last: Whether the maps returned keep the channels-last layout in which
+            they are computed, which spares a copy of each. False for contiguous
+            maps: compiled operators of mmcv, RoIAlign among them, read any other
+            layout wrongly, without an error.
         deploy: Whether to build the re-parameterised form, see
             :meth:`switch_to_deploy`.
         init_cfg: Initialization config. ``dict(type='Pretrained',
@@ -217,6 +221,7 @@ class LinGlo(BaseModule):
         norm_eval: bool = False,
         mask_padding: bool = False,
         with_cp: bool = False,
+        channels_last: bool = False,
         deploy: bool = False,
         init_cfg: Union[dict, List[dict], None] = None,
     ) -> None:
@@ -235,6 +240,7 @@ class LinGlo(BaseModule):
             norm_eval=norm_eval,
             mask_padding=mask_padding,
             with_cp=with_cp,
+            channels_last=channels_last,
             deploy=deploy,
         )
         for name, flag in flags.items():
@@ -271,6 +277,7 @@ class LinGlo(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.mask_padding = mask_padding
+        self.channels_last = channels_last
         self.deploy = deploy
 
         num_blocks = sum(depths)
@@ -351,7 +358,11 @@ class LinGlo(BaseModule):
         for i, (stage, outside) in enumerate(zip(self.stages, masks)):
             x = stage(x, outside)
             if i in self.out_indices:
-                outs[i] = getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2)
+                out = getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2)
+                # Not by contiguous(), which leaves maps of 1 x 1 with the strides of channels-last.
+                if not self.channels_last:
+                    out = out.clone(memory_format=torch.contiguous_format)
+                outs[i] = out
         return tuple(outs[i] for i in self.out_indices)
 
     def train(self, mode: bool = True) -> 'LinGlo':
