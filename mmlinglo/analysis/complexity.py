@@ -57,6 +57,7 @@ class _RefuseOtherProducts(TorchDispatchMode):
     """Raises a ValueError for an operator that may be a product without a formula in torch."""
 
     def __torch_dispatch__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.strip('_').removeprefix('native_')
         harmless = func.is_view or torch.Tag.pointwise in func.tags or name in NO_PRODUCTS
         if func.overloadpacket not in flop_registry and not (
@@ -66,7 +67,7 @@ class _RefuseOtherProducts(TorchDispatchMode):
                 f'the operator {func} cannot be counted: torch has no formula for it. If it '
                 f'multiplies nothing, add it to {__name__}.NO_PRODUCTS'
             )
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 def count_complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:

@@ -7,11 +7,12 @@ from typing import Any, Dict, List, Union
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from mmlinglo.analysis.peers import ALL, TASKS
-from mmlinglo.analysis.report import with_suffix
+from mmlinglo.analysis.report import save_figure
 
 # Where a label may stand beside its point, the best first: steps to the right and upwards, and points a step.
 PLACES = [
@@ -46,7 +47,7 @@ def plot_accuracy(rows: Rows, title: str, out: Union[str, Path]) -> None:
     axes.set_xlabel('Latency (Milliseconds per Batch)')
     axes.set_ylabel('Published ImageNet-1K Top-1 Accuracy (%)')
     _label_points(axes, points)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_comparison(rows: Rows, out: Union[str, Path]) -> None:
@@ -57,7 +58,7 @@ def plot_comparison(rows: Rows, out: Union[str, Path]) -> None:
         out: Path without suffix; folders are made.
     """
     tasks = list(dict.fromkeys(row['task'] for row in rows))
-    figure = Figure(figsize=(1 + 5.5 * len(tasks), 6), layout='constrained')
+    figure = Figure(figsize=(6.5 * len(tasks), 6), layout='constrained')
     panels = list(zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks))
     found = {}
     for axes, name in panels:
@@ -74,7 +75,7 @@ def plot_comparison(rows: Rows, out: Union[str, Path]) -> None:
         axes.set_ylabel(f'{heading} in the Paper')
     for axes, name in panels:
         _label_points(axes, found[name])
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_sweep(rows: Rows, title: str, out: Union[str, Path]) -> None:
@@ -126,7 +127,7 @@ def plot_sweep(rows: Rows, title: str, out: Union[str, Path]) -> None:
         axes.grid(alpha=0.3)
         handles.update(zip(*reversed(axes.get_legend_handles_labels())))
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=3, fontsize=9)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def plot_complexity(rows: Rows, title: str, out: Union[str, Path]) -> None:
@@ -148,7 +149,7 @@ def plot_complexity(rows: Rows, title: str, out: Union[str, Path]) -> None:
     axes.set(xlabel='Multiply-Adds (Billions)', ylabel='', yticklabels=names)
     axes.margins(x=0.12)
     figure.legend(loc='outside lower center', ncols=4)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def _draw_points(axes: Axes, points: List[tuple], ours: str) -> None:
@@ -178,16 +179,18 @@ def _label_points(axes: Axes, points: List[tuple]) -> None:
     centres = axes.transData.transform([point[1:3] for point in points]) if points else []
     size = 5 * figure.dpi / 72  # half a marker, in pixels
     taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in centres]
+    lines = []  # points of them
     for line in axes.get_lines():
         if line.get_linestyle() == '-':
             path = line.get_transform().transform_path(line.get_path()).interpolated(50)
-            taken += [Bbox.from_bounds(x, y, 1, 1) for x, y in path.vertices]
+            lines += [Bbox.from_bounds(x, y, 1, 1) for x, y in path.vertices]
     inside = axes.get_window_extent()
     if axes.get_legend() is not None:
         taken.append(axes.get_legend().get_window_extent())
     for label, *point, _ in sorted(points, key=lambda point: -point[2]):
         found = []
         for x, y in PLACES:
+            far = max(abs(x), abs(y)) > 7  # gets a line to its point
             text = axes.annotate(
                 label,
                 point,
@@ -196,11 +199,17 @@ def _label_points(axes: Axes, points: List[tuple]) -> None:
                 ha={1: 'left', 0: 'center', -1: 'right'}[(x > 0) - (x < 0)],
                 va={1: 'bottom', 0: 'center', -1: 'top'}[(y > 0) - (y < 0)],
                 fontsize='small',
-                arrowprops=dict(arrowstyle='-', color='tab:gray', lw=0.5, shrinkA=0, shrinkB=4),
+                arrowprops=dict(
+                    arrowstyle='-', color='tab:gray', lw=0.7 * far, shrinkA=0, shrinkB=4
+                ),
             )
-            box = Bbox.padded(text.get_window_extent(), size / 2)
+            text.get_window_extent()  # puts it in its place
+            # Of the text without the line; a little larger, so that two labels do not read as one.
+            box = Text.get_window_extent(text).padded(size / 5)
             outside = not (inside.contains(*box.min) and inside.contains(*box.max))
-            found.append((box.count_overlaps(taken) + outside, len(found), text, box))
+            cost = 10 * (box.count_overlaps(taken) + outside)
+            cost += 2 * (box.count_overlaps(lines) > 0) + max(abs(x), abs(y)) / 4
+            found.append((cost, len(found), text, box))
         (_, _, _, box), *others = sorted(found, key=lambda place: place[:2])
         for *_, text, _ in others:
             text.remove()
@@ -211,9 +220,3 @@ def _plain_log_axis(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter('{x:g}'))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _save(figure: Figure, out: Union[str, Path]) -> None:
-    out = with_suffix(out, '.png')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)

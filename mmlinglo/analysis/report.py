@@ -84,6 +84,12 @@ def write_report(out: Union[str, Path], rows: List[dict], source: Dict[str, Any]
     pd.DataFrame(rows, dtype=object).to_csv(with_suffix(out, '.csv'), index=False)
 
 
+def save_figure(figure: Any, out: Union[str, Path]) -> None:
+    """Write a figure of matplotlib as ``<out>.png``; folders are made."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(with_suffix(out, '.png'), dpi=150)
+
+
 def with_suffix(out: Union[str, Path], suffix: str) -> Path:
     """``out`` with ``suffix`` appended; dots in its name stay (unlike Path.with_suffix)."""
     return Path(f'{out}{suffix}')

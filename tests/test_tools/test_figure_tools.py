@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY_ARCH, run_tool
+from mmlinglo.analysis.attention_scaling import Setting, build_step, measure_size
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmlinglo import LinGlo
 from mmlinglo.analysis import attention_scaling
-from mmlinglo.analysis.attention_scaling import Setting, build_step, measure_size
 
 BENCHMARK = 'tools/analysis_tools/benchmark_attention.py'
 CURVES = 'tools/analysis_tools/plot_curves.py'
