@@ -36,7 +36,7 @@ def read_scalars(work_dir: Path, key: str) -> pd.DataFrame:
             'training that has logged something'
         )
     lines = pd.concat(parts)
-    if key not in lines or key == 'step':
+    if key not in {*lines} - {'part', 'step'}:
         names = ', '.join(sorted({*lines} - {'part', 'step', 'iter', 'epoch'}))
         raise ValueError(f'{str(work_dir)!r} has no scalar {key!r} after step 0; it has: {names}')
     is_training = lines.reindex(columns=['iter']).notna().iter
@@ -58,7 +58,8 @@ def _read(file: Path, number: int) -> pd.DataFrame:
             raise ValueError('a line has no step')
     except (ValueError, AttributeError) as error:
         raise ValueError(f'{str(file)!r} is no log, or a damaged one: {error}') from error
-    return lines[lines.step > 0].dropna(axis=1, how='all')
+    lines = lines[lines.step > 0]
+    return lines if len(lines) else pd.DataFrame()
 
 
 def common_steps(runs: pd.DataFrame) -> pd.DataFrame:

@@ -42,13 +42,14 @@ def read_runs(work_dirs: List[str], labels: Optional[List[str]], key: str) -> pd
             f'{len(work_dirs)} work dirs and {len(labels)} labels: give one label for each '
             'work dir, and quote patterns, lest the shell replace them by several names'
         )
-    runs = []
+    folders = []
     for label, pattern in zip(labels, work_dirs):
         found = [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern))
-        folders = [path for path in found if os.path.isdir(path)]
-        if not folders:
+        found = [(label, path) for path in found if os.path.isdir(path)]
+        if not found:
             raise UsageError(f'no folder {pattern!r}')
-        runs += [read_scalars(path, key).assign(label=label, run=path) for path in folders]
+        folders += found
+    runs = [read_scalars(path, key).assign(label=label, run=path) for label, path in folders]
     points = pd.concat(runs, ignore_index=True)
     if points.unit.nunique() > 1:
         units = points.groupby('run').unit.first().to_dict()
