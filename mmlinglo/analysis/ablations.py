@@ -344,23 +344,12 @@ def write_results(
     write_report(out, table, source)
     write_report(with_suffix(out, '_orders'), orders, source)
     plot_campaign(runs, heading, out)
-    columns = dict(
-        paper='Paper',
-        variant='Variant',
-        params_m='Parameters, training (M)',
-        deployed_params_m='deployed (M)',
-        seeds='Seeds',
-        top1='Top-1 (%), mean (range)',
-        paper_imagenet_top1="Paper's, ImageNet, 100 epochs",
-    )
-    order_columns = dict(
-        paper='Paper',
-        order='Order',
-        verdict='Verdict',
-        difference='Difference of means',
-        spread='Spread',
-        paper_difference="Paper's difference",
-    )
+    columns = dict(paper='Paper', variant='Variant', params_m='Parameters, training (M)')
+    columns.update(deployed_params_m='deployed (M)', seeds='Seeds', top1='Top-1 (%), mean (range)')
+    columns.update(paper_imagenet_top1="Paper's, ImageNet, 100 epochs")
+    order_columns = dict(paper='Paper', order='Order', verdict='Verdict')
+    order_columns.update(difference='Difference of means', spread='Spread')
+    order_columns.update(paper_difference="Paper's difference")
     differences = ('difference', 'paper_difference')
     for row in table:
         numbers = (row['top1_mean'], row['top1_min'], row['top1_max'])

@@ -5,7 +5,7 @@ The definition that a rewriting is compared with is the same module under :func:
 """
 
 from functools import partial
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -221,9 +221,9 @@ class Literally(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, *args: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         with mmlinglo.literal():
-            return self.layer(*args)
+            return self.layer(*args, **kwargs)
 
 
 class Work(NamedTuple):

@@ -236,20 +236,13 @@ def measure_backbones(
         variants: See :func:`variants_of`.
         setting: See :class:`Setting`.
         rounds: Rounds of timing, at least 2.
-        memory: Whether to measure memory, which takes a few seconds a backbone. That of a compiled one is
-            not, since it is mostly the compiler's.
+        memory: Whether to measure memory, a few seconds each; never of compiled ones, as it is the compiler's.
         limit_gib: Memory in GiB that one may take; None for what there is.
-        max_seconds: Time in seconds that the first call may take, by which memory is measured; None for
-            no limit.
+        max_seconds: Time that the first call, by which memory is measured, may take; None for no limit.
 
     Returns:
-        One row a variant: ``model``, ``form``, ``engine`` (``'eager'`` or ``'compiled'``), ``height``,
-        ``width``, ``batch_size``, ``status`` (``'ok'``, ``'out of memory'``, ``'too slow'``, or
-        ``'crashed'`` as PyTorch does in some operators), ``latency_ms`` a batch (median) with its quartiles
-        ``latency_lower_ms`` and ``latency_upper_ms``, ``images_per_s``, ``peak_memory_mib``,
-        ``first_call_s``; ``params_m`` in 10^6 and ``macs_g`` an image in 10^9 (None, with the reason in
-        ``not_counted``, if they cannot be); ``top1``, ``top1_source`` and ``distilled`` of
-        :class:`~mmlinglo.analysis.peers.Peer`. None where not measured.
+        A row a variant, with the units in the names; ``status`` is ``'ok'``, ``'out of memory'``, ``'too
+        slow'``, or ``'crashed'`` as PyTorch does in some operators. None where not measured.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -304,20 +297,15 @@ def sweep(
     """Measure backbones at growing sizes, each until it is too slow or out of memory.
 
     Args:
-        models: Keys of :data:`~mmlinglo.analysis.peers.ALL`; taken in their fused form, in training as
-            they are.
+        models: Keys of :data:`~mmlinglo.analysis.peers.ALL`; in their fused form, in training as they are.
         sizes: Heights and widths of the images in pixels.
         setting: See :class:`Setting`; its shape is without effect.
-        rounds: See :func:`measure_backbones`, as are the next two.
+        rounds: See :func:`measure_backbones`, also for the next two, and what is raised.
         limit_gib: Memory in GiB that one may take.
         max_seconds: Time in seconds that a first call may take.
 
     Yields:
         Rows of :func:`measure_backbones`, size by size; none for sizes that a backbone did not get to.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        RuntimeError: If a measurement fails for another reason than memory.
     """
     left = variants_of(models, ('trained' if setting.train_step else 'fused',))
     settings = [replace(setting, shape=(size, size)) for size in sorted(set(sizes))]
@@ -328,19 +316,19 @@ def sweep(
 
 
 def add_ratios(rows: List[dict], reference: str) -> None:
-    """Add ``latency_ratio`` to rows: their latency over that of ``reference``.
+    """Add ``latency_ratio`` to rows: their latency over that of ``reference``, or None.
 
     The reference is taken at the same size, in the same engine and, if it was measured, in its form for
-    inference. Rows without a latency, or whose reference has none, get None.
+    inference.
     """
+    conditions = ('engine', 'height', 'width')
     latencies = {}
     for row in sorted(rows, key=lambda row: FORMS.index(row['form'])):
         if row['model'] == reference:
-            latencies[row['engine'], row['height'], row['width']] = row['latency_ms']
+            latencies[tuple(map(row.get, conditions))] = row['latency_ms']
     for row in rows:
-        theirs = latencies.get((row['engine'], row['height'], row['width']))
-        both = row['latency_ms'] and theirs
-        row['latency_ratio'] = row['latency_ms'] / theirs if both else None
+        theirs = latencies.get(tuple(map(row.get, conditions)))
+        row['latency_ratio'] = row['latency_ms'] and theirs and row['latency_ms'] / theirs
 
 
 def _profile(variant: Variant, setting: Setting, limit_gib: Optional[float]) -> Tuple[float, float]:
@@ -384,25 +372,14 @@ def _row(
         macs = count_complexity(model, torch.empty(1, 3, *setting.shape)).macs / 1e9
     except ValueError as error:  # an operator without a rule, in some version of a peer
         not_counted = str(error)
+    height, width = setting.shape
+    engine = 'compiled' if variant.compiled else 'eager'
+    row = dict(model=variant.model, form=FORMS[variant.fused], engine=engine)
+    row.update(height=height, width=width, batch_size=setting.batch_size, status=status)
+    row.update(latency_ms=median, latency_lower_ms=lower, latency_upper_ms=upper)
+    row.update(images_per_s=median and 1e3 * setting.batch_size / median)
+    row.update(peak_memory_mib=peak, first_call_s=first_call)
+    params_m = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    row.update(params_m=params_m, macs_g=macs, not_counted=not_counted)
     peer = ALL[variant.model]
-    return dict(
-        model=variant.model,
-        form=FORMS[variant.fused],
-        engine='compiled' if variant.compiled else 'eager',
-        height=setting.shape[0],
-        width=setting.shape[1],
-        batch_size=setting.batch_size,
-        status=status,
-        latency_ms=median,
-        latency_lower_ms=lower,
-        latency_upper_ms=upper,
-        images_per_s=median and 1e3 * setting.batch_size / median,
-        peak_memory_mib=peak,
-        first_call_s=first_call,
-        params_m=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        macs_g=macs,
-        not_counted=not_counted,
-        top1=peer.top1,
-        top1_source=peer.source,
-        distilled=peer.distilled,
-    )
+    return dict(row, top1=peer.top1, top1_source=peer.source, distilled=peer.distilled)

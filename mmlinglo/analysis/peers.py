@@ -302,16 +302,15 @@ def backbone_labels(task: str) -> List[str]:
 
 
 def build_with_backbone(cfg: Config, label: str, shape: Tuple[int, int]) -> Optional[nn.Module]:
-    """Build the model of a config with another backbone, with random weights, in evaluation mode.
+    """Build the model of a task's config with another backbone; None if no package provides that one.
+
+    It has random weights, and is in evaluation mode. The neck takes the backbone's channels; a classifier
+    of timm comes whole.
 
     Args:
-        cfg: Config with LinGlo of one of :data:`TASKS`. The neck takes the backbone's channels; a
-            classifier of timm comes whole.
+        cfg: Config with LinGlo of one of :data:`TASKS`.
         label: Backbone's name, from :func:`backbone_labels`.
         shape: Height and width of the images in pixels.
-
-    Returns:
-        The model; None if no package provides that backbone.
     """
     name = next((name for name, peer in PEERS.items() if peer.label == label), None)
     if name is None:
@@ -352,17 +351,10 @@ def build_with_backbone(cfg: Config, label: str, shape: Tuple[int, int]) -> Opti
 
 
 def comparison_row(task: str, cfg: Config, label: str) -> dict:
-    """A backbone's line in the comparison of a task.
+    """A backbone's line in the comparison of a task, with the units in the names.
 
-    Args:
-        task: Key of :data:`TASKS`.
-        cfg: The task's config.
-        label: Backbone's name, from :func:`backbone_labels`.
-
-    Returns:
-        What was counted for one image (``params_m``, ``deployed_params_m`` in 10^6; ``macs_g``,
-        ``deployed_macs_g`` in 10^9) if a package provides the backbone, and the paper's numbers
-        (``paper_...``) if it is in the paper's table.
+    What was counted for one image is there if a package provides the backbone, and the paper's numbers
+    (``paper_...``) if it is in the paper's table.
     """
     row = dict(task=task, backbone=label)
     model = build_with_backbone(cfg, label, TASKS[task].shape)
