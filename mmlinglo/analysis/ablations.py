@@ -1,30 +1,17 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""The paper's ablations (Sec. 5) as a campaign of short trainings: rows, trainings, tables.
+"""The paper's ablations (Sec. 5) as a campaign of short trainings: rows, orders, tables."""
 
-A campaign's folder holds, for each training, its settings ``<row>/seed<k>.py`` beside its work dir
-``<row>/seed<k>/``.
-"""
-
-import fcntl
 import itertools
-import os
-import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import pandas as pd
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
 
-from mmlinglo.analysis.curves import draw_curves, read_scalars
+from mmlinglo.analysis.curves import draw_curves
 from mmlinglo.analysis.report import format_table, save_figure, with_suffix, write_report
 from mmlinglo.utils.deploy import build_model, switch_to_deploy
-
-METRIC = 'accuracy/top1'
 
 
 class Row(NamedTuple):
@@ -73,64 +60,6 @@ PANELS = {
 VERDICTS = ('did not hold', 'missing', 'one seed: undecided', 'within noise', 'held')
 
 
-def first_of_each_class(dataset: dict, fraction: float) -> List[int]:
-    """Indices of the first samples of each class in one of mmpretrain's data sets.
-
-    Args:
-        dataset: Its config.
-        fraction: Share of each class, in (0, 1]; rounded to samples, at least 1.
-
-    Raises:
-        ValueError: If ``fraction`` is out of range.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f'the fraction of a data set must be in (0, 1], got {fraction}')
-    labels = pd.Series(DATASETS.build(dataset).get_gt_labels())
-    number = labels.groupby(labels).cumcount()
-    kept = (fraction * labels.groupby(labels).transform('size')).round().clip(lower=1)
-    return labels.index[number < kept].tolist()
-
-
-def count_images(
-    configs: Iterable[Config], fraction: float = 1.0, test_fraction: float = 1.0
-) -> Dict[str, int]:
-    """Cut the data sets of configs, all the same, to a share of each class, in place, and count the images.
-
-    CIFAR-10's pickles are downloaded if they are missing.
-
-    Returns:
-        Images of the training set, ``train``, and of the test set, ``test``.
-
-    Raises:
-        ValueError: If the data cannot be read, a share is out of range, or there are too few for the batch.
-    """
-    first, *others = configs
-    init_default_scope(first.default_scope)
-    images = {}
-    for name, share in dict(train=fraction, test=test_fraction).items():
-        try:
-            indices = first_of_each_class(first[f'{name}_dataloader'].dataset, share)
-        except ValueError:
-            raise
-        except Exception as error:  # each data set, and the download, has its own kinds
-            raise ValueError(
-                f'the data cannot be read ({type(error).__name__}: {error}): give their folder, '
-                "with CIFAR-10's pickles or, in the folder format, pictures in "
-                '{train,test}/<class>/'
-            ) from error
-        images[name] = len(indices)
-        for cfg in (first, *others) if share != 1 else ():
-            for loader in (name, 'val') if name == 'test' else (name,):
-                cfg[f'{loader}_dataloader'].dataset.indices = indices
-    batch_size = first.train_dataloader.batch_size
-    if images['train'] < 2 * batch_size:  # the warm-up needs two steps
-        raise ValueError(
-            f'{images["train"]} training images are less than two batches of {batch_size}: take '
-            'a larger fraction, or a smaller train_dataloader.batch_size'
-        )
-    return images
-
-
 def count_parameters(cfg: Config) -> Dict[str, float]:
     """Parameters of a config's model in millions, in its training form and deployed.
 
@@ -145,115 +74,6 @@ def count_parameters(cfg: Config) -> Dict[str, float]:
     switch_to_deploy(model)
     deployed = sum(p.numel() for p in model.parameters())
     return dict(params_m=training / 1e6, deployed_params_m=deployed / 1e6)
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[Optional[int]]:
-    """Take a training, so that no other campaign does.
-
-    Yields:
-        File descriptor of the locked file; a process that inherits it keeps the file locked as long as it
-        lives. None if another process has locked it.
-    """
-    with open(path, 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file.fileno()
-
-
-def keep_settings(cfg: Config, path: Path) -> None:
-    """Write a training's settings to a ``.py`` file, or make sure that those written are the same.
-
-    Raises:
-        ValueError: If the file has other settings, or is missing beside a work dir.
-    """
-    if path.exists():
-        changed = Config.diff(str(path), Config.fromstring(cfg.pretty_text, '.py')).strip()
-        if changed:
-            raise ValueError(
-                f'{str(path)!r} was made with other settings (-) than these (+). Ask for the same '
-                f'ones, or name another folder\n{changed}'
-            )
-    elif path.with_suffix('').exists():
-        raise ValueError(
-            f'{str(path.with_suffix(""))!r} is there without its settings, {path.name}: name '
-            'another folder'
-        )
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f'.{os.getpid()}')
-        part.write_text(cfg.pretty_text)
-        part.replace(path)
-
-
-def train(program: Path, settings: Path, locked: int) -> bool:
-    """Start a training, or go on with it from its last validated epoch, and wait for its end.
-
-    Its output goes to ``train.log`` in its work dir; of its checkpoints the last one remains. When this
-    process is interrupted, so is the training. When it is killed, the training goes on, and remains locked.
-
-    Args:
-        program: ``tools/train.py``.
-        settings: The file of :func:`keep_settings`.
-        locked: File descriptor from :func:`lock`.
-
-    Returns:
-        Whether it ended well.
-    """
-    work_dir = settings.with_suffix('')
-    work_dir.mkdir(exist_ok=True)
-    command = [sys.executable, str(program), str(settings), '--work-dir', str(work_dir)]
-    checkpoint = checkpoint_to_resume(work_dir)
-    if checkpoint is not None:
-        command += ['--resume', str(checkpoint)]
-    with open(work_dir / 'train.log', 'a') as log:
-        how = dict(stdout=log, stderr=subprocess.STDOUT, pass_fds=[locked], start_new_session=True)
-        process = subprocess.Popen(command, **how)
-        try:
-            process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes of its data loaders
-            process.wait()
-            raise
-    if not is_finished(settings):
-        return False
-    for other in set(work_dir.glob('epoch_*.pth')) - {checkpoint_to_resume(work_dir)}:
-        other.unlink()
-    return True
-
-
-def read_run(work_dir: Path) -> pd.DataFrame:
-    """Top-1 accuracy in percent, ``value``, after each validated epoch, ``step``; empty if there is none.
-
-    Raises:
-        ValueError: If a log is damaged.
-    """
-    logs = work_dir.glob('*/vis_data/scalars.json')
-    if not any(METRIC in log.read_text() for log in logs):
-        return pd.DataFrame(dict(step=[], value=[]))
-    return read_scalars(work_dir, METRIC)
-
-
-def checkpoint_to_resume(work_dir: Path) -> Optional[Path]:
-    """Checkpoint of the last epoch that was also validated, or None.
-
-    Going on from a later one would leave its epoch without a point on the curve.
-    """
-    epochs = read_run(work_dir).step.astype(int)
-    paths = [work_dir / f'epoch_{epoch}.pth' for epoch in epochs[::-1]]
-    return next((path for path in paths if path.is_file()), None)
-
-
-def is_finished(settings: Path) -> bool:
-    """Whether checkpoint and accuracy of a training's last epoch are there."""
-    if not settings.exists():
-        return False
-    last = f'epoch_{Config.fromfile(settings).train_cfg.max_epochs}.pth'
-    checkpoint = checkpoint_to_resume(settings.with_suffix(''))
-    return checkpoint is not None and checkpoint.name == last
 
 
 def summarize(top1: pd.DataFrame, rows: List[str]) -> pd.DataFrame:
@@ -394,3 +214,60 @@ def plot_campaign(runs: pd.DataFrame, title: str, out: Path) -> None:
         else:
             axes.text(0.5, 0.5, 'No Finished Training', transform=axes.transAxes, ha='center')
     save_figure(figure, out)
+
+
+PVTV2, CONVERTED = 'pvtv2-b0', 'linglo-b0_converted'
+FURTHER, SCRATCH = 'linglo-b0_pvtv2-init', 'linglo-b0'
+
+
+def write_starts(
+    out: str, last: pd.DataFrame, epochs: Dict[str, int], seeds: List[str], source: dict
+) -> str:
+    """Write the table of starts from PVTv2 and from scratch; return it as Markdown.
+
+    Args:
+        out: Path without suffix, of ``.json``, ``.csv`` and ``.md``.
+        last: Accuracies: columns ``row``, ``run``, ``value``.
+        epochs: Of each row.
+        seeds: Their runs.
+        source: From :func:`mmlinglo.analysis.report.provenance`, with ``images`` and ``batch_size``.
+    """
+    by_seed = last.pivot(index='row', columns='run', values='value').reindex(columns=seeds)
+    table = summarize(last, list(epochs)).join(by_seed)
+    table.insert(0, 'epochs', list(epochs.values()))
+    rows = [
+        {key: None if pd.isna(value) else value for key, value in row.items()}
+        for row in table.reset_index().astype(object).to_dict('records')
+    ]
+    write_report(out, rows, source)
+    columns = dict(row='Model', epochs='Epochs', seeds='Seeds', top1_mean='Top-1 (%), mean')
+    columns.update(top1_min='lowest', top1_max='highest', **{seed: seed for seed in seeds})
+    gains = (table.loc[FURTHER, seeds] - table.loc[SCRATCH, seeds]).dropna().astype(float)
+    text = '\n\n'.join(
+        [
+            '# CIFAR-10: {train} training and {test} test images'.format(**source['images']),
+            f'Top-1 accuracy on the test images. {CONVERTED}: PVTv2-B0 of the same seed, converted, '
+            f'not trained; {FURTHER}: trained further from there; {SCRATCH}: from scratch. Batches '
+            f'of {source["batch_size"]}.',
+            format_table(rows, columns),
+            compare_starts(gains.tolist()),
+            '{date}, {device}, commit {commit}: `{command}`'.format(**source),
+        ]
+    )
+    with_suffix(out, '.md').write_text(text + '\n')
+    return text
+
+
+def compare_starts(gains: List[float]) -> str:
+    """What the seeds that have both say of starting from PVTv2."""
+    if not gains:
+        return 'No seed is finished.'
+    mean, by_seed = sum(gains) / len(gains), ', '.join(f'{gain:+.2f}' for gain in gains)
+    text = (
+        f'From PVTv2 less from scratch, in percentage points: mean {mean:+.2f}, by seed {by_seed}.'
+    )
+    if len(gains) < 2:
+        return f'{text} One seed decides nothing.'
+    if min(gains) > 0:
+        return f'{text} It helped with every seed.'
+    return f'{text} It {"helped with some seeds only" if max(gains) > 0 else "did not help"}.'

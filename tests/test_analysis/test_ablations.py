@@ -17,7 +17,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
-from mmlinglo.analysis import ablations
+from mmlinglo.analysis import ablations, campaign
 
 CONFIGS = ROOT / 'configs/cifar10'
 WO_CH = dict(
@@ -154,7 +154,7 @@ def test_subset_is_the_first_of_each_class(data, fraction, kept):
         loader.dataset.update(data_root=str(data / 'pickles'), pipeline=[])
     cfg.train_dataloader.batch_size = 5
     full = DATASETS.build(cfg.train_dataloader.dataset)
-    assert ablations.count_images([cfg], fraction) == dict(train=len(kept), test=10)
+    assert campaign.count_images([cfg], fraction) == dict(train=len(kept), test=10)
     subset = DATASETS.build(cfg.train_dataloader.dataset)
     assert len(subset) == len(kept)
     for i, j in enumerate(kept):
@@ -169,7 +169,7 @@ def test_every_config_gets_the_share(data):
         cfg.train_dataloader.batch_size = 15
         for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
             loader.dataset.data_root = str(data / 'pickles')
-    assert ablations.count_images(configs, 0.6, 0.5) == dict(train=30, test=10)
+    assert campaign.count_images(configs, 0.6, 0.5) == dict(train=30, test=10)
     first, second = (
         [cfg[f'{name}_dataloader'].dataset.indices for name in ('train', 'val', 'test')]
         for cfg in configs
@@ -178,13 +178,13 @@ def test_every_config_gets_the_share(data):
     for cfg in configs:
         cfg.train_dataloader.batch_size = 16
     with pytest.raises(ValueError, match='30 training images are less than two batches of 16'):
-        ablations.count_images(configs)
+        campaign.count_images(configs)
 
 
 @pytest.mark.parametrize('fraction', [0, 1.5])
 def test_fraction_out_of_range(fraction):
     with pytest.raises(ValueError, match=rf'must be in \(0, 1\], got {fraction}'):
-        ablations.count_images([load('linglo-b0')], fraction)
+        campaign.count_images([load('linglo-b0')], fraction)
 
 
 def test_parameters():
@@ -214,28 +214,28 @@ def test_model_that_cannot_be_built():
 def test_settings_are_kept_and_compared(tmp_path):
     path = tmp_path / 'row/seed0.py'
     cfg = load('linglo-b0-wo-ch')
-    ablations.keep_settings(cfg, path)
+    campaign.keep_settings(cfg, path)
     written = path.stat().st_mtime_ns
-    ablations.keep_settings(load('linglo-b0-wo-ch'), path)
+    campaign.keep_settings(load('linglo-b0-wo-ch'), path)
     assert path.stat().st_mtime_ns == written
     assert [p.name for p in path.parent.iterdir()] == ['seed0.py']
     cfg.train_cfg.max_epochs = 5
     with pytest.raises(
         ValueError, match=r'other settings[\s\S]*-.*max_epochs=30[\s\S]*\+.*max_epochs=5'
     ):
-        ablations.keep_settings(cfg, path)
+        campaign.keep_settings(cfg, path)
     (tmp_path / 'row/seed1').mkdir()
     with pytest.raises(ValueError, match='without its settings'):
-        ablations.keep_settings(cfg, tmp_path / 'row/seed1.py')
+        campaign.keep_settings(cfg, tmp_path / 'row/seed1.py')
 
 
 def test_a_training_is_taken_once(tmp_path):
     path = tmp_path / 'seed0.lock'
-    with ablations.lock(path) as first:
+    with campaign.lock(path) as first:
         assert first is not None
-        with ablations.lock(path) as second:
+        with campaign.lock(path) as second:
             assert second is None
-    with ablations.lock(path) as third:
+    with campaign.lock(path) as third:
         assert third is not None
 
 
@@ -255,25 +255,25 @@ def test_where_a_training_goes_on(tmp_path):
     settings = tmp_path / 'seed0.py'
     settings.write_text('train_cfg = dict(max_epochs=4)\n')
     work_dir = tmp_path / 'seed0'
-    assert not ablations.is_finished(tmp_path / 'never.py')
-    assert ablations.read_run(work_dir).empty
+    assert not campaign.is_finished(tmp_path / 'never.py')
+    assert campaign.read_run(work_dir).empty
     write_log(work_dir, '20260101_000000', {1: None})
-    assert ablations.read_run(work_dir).empty
-    assert ablations.checkpoint_to_resume(work_dir) is None
+    assert campaign.read_run(work_dir).empty
+    assert campaign.checkpoint_to_resume(work_dir) is None
     # Stopped while epoch 3 was validated; of the first two epochs, as usual, both checkpoints remain.
     write_log(work_dir, '20260101_000001', {1: 20.0, 2: 30.0, 3: None})
     for epoch in (2, 3):
         (work_dir / f'epoch_{epoch}.pth').touch()
-    assert ablations.checkpoint_to_resume(work_dir) == work_dir / 'epoch_2.pth'
+    assert campaign.checkpoint_to_resume(work_dir) == work_dir / 'epoch_2.pth'
     write_log(work_dir, '20260101_000002', {3: 35.0, 4: None})
     (work_dir / 'epoch_4.pth').touch()
-    assert not ablations.is_finished(settings)
-    assert ablations.checkpoint_to_resume(work_dir) == work_dir / 'epoch_3.pth'
+    assert not campaign.is_finished(settings)
+    assert campaign.checkpoint_to_resume(work_dir) == work_dir / 'epoch_3.pth'
     write_log(work_dir, '20260101_000003', {4: 40.0})
-    assert ablations.is_finished(settings)
-    assert ablations.read_run(work_dir).value.tolist() == [20.0, 30.0, 35.0, 40.0]
+    assert campaign.is_finished(settings)
+    assert campaign.read_run(work_dir).value.tolist() == [20.0, 30.0, 35.0, 40.0]
     (work_dir / 'epoch_4.pth').unlink()
-    assert not ablations.is_finished(settings)
+    assert not campaign.is_finished(settings)
 
 
 PROGRAM = """
@@ -300,13 +300,13 @@ def test_a_training_goes_on_and_keeps_its_last_checkpoint(tmp_path):
     (tmp_path / 'train.py').write_text(PROGRAM)
     settings, work_dir = tmp_path / 'seed0.py', tmp_path / 'seed0'
     settings.write_text('train_cfg = dict(max_epochs=3)\n')
-    with ablations.lock(tmp_path / 'seed0.lock') as locked:
-        assert not ablations.train(tmp_path / 'train.py', settings, locked)
+    with campaign.lock(tmp_path / 'seed0.lock') as locked:
+        assert not campaign.train(tmp_path / 'train.py', settings, locked)
         assert sorted(path.name for path in work_dir.glob('*.pth')) == [
             'epoch_1.pth',
             'epoch_2.pth',
         ]
-        assert ablations.train(tmp_path / 'train.py', settings, locked)
+        assert campaign.train(tmp_path / 'train.py', settings, locked)
     assert [path.name for path in work_dir.glob('*.pth')] == ['epoch_3.pth']
     assert (work_dir / 'train.log').read_text().splitlines() == [
         'stopped before epoch 3',
@@ -327,10 +327,10 @@ def test_an_interrupted_campaign_ends_its_training(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return super().wait(timeout)
 
-    monkeypatch.setattr(ablations.subprocess, 'Popen', Interrupted)
-    with ablations.lock(tmp_path / 'seed0.lock') as locked:
+    monkeypatch.setattr(campaign.subprocess, 'Popen', Interrupted)
+    with campaign.lock(tmp_path / 'seed0.lock') as locked:
         with pytest.raises(KeyboardInterrupt):
-            ablations.train(tmp_path / 'train.py', settings, locked)
+            campaign.train(tmp_path / 'train.py', settings, locked)
     assert started[0].returncode == -signal.SIGKILL
 
 

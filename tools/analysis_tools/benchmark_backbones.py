@@ -1,10 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Measure LinGlo against other backbones: latency, throughput, memory, size, published accuracy.
 
-Weights are random; nothing is downloaded. Each backbone is measured as it was trained and, if it has
-batch norms or branches to fuse, in its form for inference too. --sweep grows the images instead. --bars
-checks the project's performance bars, with the options of check_bars.py. Figures hold for the machine
-that they were measured on.
+Weights are random; nothing is downloaded. Each backbone is measured as it was trained and, if it can be
+fused for inference, in that form too. --sweep grows the images instead. --bars checks the project's
+performance bars, with the options of check_bars.py. Figures hold for the machine they were measured on.
 """
 
 import argparse
@@ -23,10 +22,10 @@ from mmlinglo.utils.cli import UsageError, run
 
 SWEPT = ['linglo_b0', 'linglo_b0_dot_product', 'pvt_v2_b0', 'swiftformer_xs']
 COMPARED = [name for name, peer in PEERS.items() if peer.has_maps]
-SIZES = [224, 320, 448, 640, 896, 1280, 2048]
+DTYPES = ['float32', 'float16', 'bfloat16', 'autocast']
 # Options that only one of the two ways of measuring takes, and their defaults.
 COMPARE = dict(forms=list(benchmark.FORMS), compile=False, shape=(224, 224), no_memory=False)
-SWEEP = dict(sizes=SIZES, max_seconds=20.0)
+SWEEP = dict(sizes=[224, 320, 448, 640, 896, 1280, 2048], max_seconds=20.0)
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -40,9 +39,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add('--batch-size', type=int, default=1, help='default: 1')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--device', choices=['cpu', 'cuda'], default=device, help='default: %(default)s')
-    text = 'of weights and images; default: float32; autocast: to bfloat16, of float32'
-    types = ['float32', 'float16', 'bfloat16', 'autocast']
-    add('--dtype', choices=types, default='float32', help=text)
+    text = 'default: float32; autocast: to bfloat16, of float32 weights'
+    add('--dtype', choices=DTYPES, default='float32', help=text)
     add('--channels-last', action='store_true')
     add('--threads', type=int, help="CPU threads; default: PyTorch's, 2 for --bars")
     add('--rounds', type=int, help='of timing; default: 10, 7 for --bars, 5 for --sweep')
@@ -50,21 +48,18 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     out = 'work_dirs/analysis/benchmark_backbones'
     add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
     only = parser.add_argument_group('without --sweep').add_argument
-    text = 'default: both; fused: for inference only'
-    only('--forms', nargs='+', choices=benchmark.FORMS, default=none, help=text)
+    only('--forms', nargs='+', choices=benchmark.FORMS, default=none, help='default: both')
     only('--compile', action='store_true', default=none, help='torch.compile beside eager')
     text = 'of the images, padded to a multiple of 32; default: 224 224, for pooled features'
     only('--shape', nargs=2, type=int, metavar=('H', 'W'), default=none, help=text)
-    text = 'save the seconds that each takes for its memory'
-    only('--no-memory', action='store_true', default=none, help=text)
+    only('--no-memory', action='store_true', default=none, help='measure no memory')
     only = parser.add_argument_group('with --sweep').add_argument
     only('--sizes', nargs='+', type=int, default=none, help='in pixels; default: 224 to 2048')
     only('--max-seconds', type=float, default=none, help='slower models stop there; default: 20')
     args = parser.parse_args(argv)
-    for name in COMPARE if args.sweep else SWEEP:
-        if name in args:
-            how = 'goes without' if args.sweep else 'needs'
-            parser.error(f'--{name.replace("_", "-")} {how} --sweep')
+    for name in [name for name in (COMPARE if args.sweep else SWEEP) if name in args]:
+        how = 'goes without' if args.sweep else 'needs'
+        parser.error(f'--{name.replace("_", "-")} {how} --sweep')
     defaults = dict(SWEEP, models=SWEPT, rounds=5)
     if not args.sweep:
         defaults = dict(COMPARE, models=COMPARED, rounds=10)
@@ -102,9 +97,9 @@ def measure(args: argparse.Namespace) -> None:
     write_report(args.out, rows, source)
     size = '' if args.sweep else ' of {} x {} pixels'.format(*shape)
     outputs = 'four feature maps' if maps else 'pooled features'
-    layout = ', channels-last' * args.channels_last
     heading = f'{args.mode.capitalize()}, batch of {args.batch_size}{size}, {outputs}'
-    place = f'{args.dtype}{layout}; {source["device"]}, CPU threads: {source["threads"]}'
+    kind = args.dtype + ', channels-last' * args.channels_last
+    place = f'{kind}; {source["device"]}, CPU threads: {source["threads"]}'
     (plot_sweep if args.sweep else plot_accuracy)(rows, f'{heading}\n{place}', args.out)
     print(f'{heading}, {place}\n', format_table(rows, benchmark.COLUMNS), sep='\n')
     print(f'{args.out}.json, .csv, .png')

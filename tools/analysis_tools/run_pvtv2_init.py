@@ -3,8 +3,7 @@
 
 For each seed PVTv2-B0 is trained, converted to LinGlo-b0 (tools/model_converters/pvtv2_to_linglo.py),
 evaluated, and trained further for a tenth of the epochs; and LinGlo-b0 is trained from scratch for as
-many. The table (<out>.json, .csv, .md) is written whenever a training is finished. What is finished is
-skipped when the same command is started again, as in run_ablations.py.
+many. The table (<out>.json, .csv, .md) is written after each. It goes on as run_ablations.py does.
 """
 
 import argparse
@@ -13,49 +12,46 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import List, Optional
 
 import pandas as pd
 import torch
-from run_ablations import ROOT, campaign_parser, make_config, read_runs, train_all
 
-from mmlinglo.analysis import ablations
-from mmlinglo.analysis.report import format_table, provenance, with_suffix, write_report
+from mmlinglo.analysis import ablations, campaign
+from mmlinglo.analysis.ablations import CONVERTED, FURTHER, PVTV2, SCRATCH
+from mmlinglo.analysis.report import provenance
 from mmlinglo.utils.cli import UsageError, run
 
-PVTV2, CONVERTED = 'pvtv2-b0', 'linglo-b0_converted'
-FURTHER, SCRATCH = 'linglo-b0_pvtv2-init', 'linglo-b0'
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = campaign_parser(__doc__, 'pvtv2_init', [0, 1, 2])
+    parser = campaign.campaign_parser(__doc__, 'pvtv2_init', [0, 1, 2])
     add = parser.add_argument
     text = "of LinGlo-b0, from PVTv2 and from scratch, 2 or more; default: a tenth of PVTv2-B0's"
     add('--further-epochs', type=int, help=text)
     add('--images', type=int, default=512, help='for the conversion; default: %(default)s')
-    text = 'of each fit in the conversion; default: %(default)s'
-    add('--steps', type=int, default=200, help=text)
+    add('--steps', type=int, default=200, help='of each fit in it; default: %(default)s')
     return parser.parse_args(argv)
 
 
 def run_experiment(args: argparse.Namespace) -> None:
     work_dir = Path(args.work_dir).absolute()
-    pvtv2 = make_config(PVTV2, args)
+    pvtv2 = campaign.make_config(ROOT, PVTV2, args)
     epochs = pvtv2.train_cfg.max_epochs
     further = epochs // 10 if args.further_epochs is None else args.further_epochs
     if further < 2:
         raise UsageError(
-            f'LinGlo-b0 needs at least 2 epochs, of which the first is for warming up, got {further}: '
-            'take more --epochs, or --further-epochs'
+            f'LinGlo-b0 needs at least 2 epochs, got {further}: take more --epochs, or --further-epochs'
         )
     configs, images = {}, {}
     for seed in args.seeds:
         trainings = {
-            PVTV2: make_config(PVTV2, args),
-            FURTHER: make_config(SCRATCH, args, further),
-            SCRATCH: make_config(SCRATCH, args, further),
+            PVTV2: campaign.make_config(ROOT, PVTV2, args),
+            FURTHER: campaign.make_config(ROOT, SCRATCH, args, further),
+            SCRATCH: campaign.make_config(ROOT, SCRATCH, args, further),
         }
-        images = ablations.count_images(trainings.values(), args.fraction, args.test_fraction)
+        images = campaign.count_images(trainings.values(), args.fraction, args.test_fraction)
         checkpoint = str(work_dir / CONVERTED / f'seed{seed}.pth')
         for part in ('backbone', 'head'):
             init_cfg = dict(type='Pretrained', checkpoint=checkpoint, prefix=f'{part}.')
@@ -63,17 +59,27 @@ def run_experiment(args: argparse.Namespace) -> None:
         for row, cfg in trainings.items():
             cfg.randomness = dict(seed=seed)
             configs[work_dir / row / f'seed{seed}.py'] = cfg
-    batch_size = pvtv2.train_dataloader.batch_size
-    more = dict(images=images, batch_size=batch_size)
+    more = dict(images=images, batch_size=pvtv2.train_dataloader.batch_size)
     more['conversion'] = dict(images=args.images, steps=args.steps)
     all_epochs = {PVTV2: epochs, CONVERTED: 0, FURTHER: further, SCRATCH: further}
-    for path, how in train_all(configs):
+
+    def write_results() -> str:
+        runs = campaign.read_runs(configs).sort_values('step')
+        last = runs.groupby(['row', 'run'], as_index=False).last()
+        seeds = [f'seed{seed}' for seed in args.seeds]
+        converted = [(seed, converted_top1(work_dir / CONVERTED / seed)) for seed in seeds]
+        found = [(CONVERTED, seed, top1) for seed, top1 in converted if top1 is not None]
+        last = pd.concat([last, pd.DataFrame(found, columns=['row', 'run', 'value'])])
+        source = provenance('cuda' if torch.cuda.is_available() else 'cpu', **more)
+        return ablations.write_starts(args.out, last, all_epochs, seeds, source)
+
+    for path, how in campaign.train_all(ROOT, configs):
         if how in ('failed', 'left'):
             raise UsageError(f'{path.with_suffix("")} is not finished: start the command again')
         if path.parent.name == PVTV2:
             convert(path, epochs, args)
-        write_results(args, read_runs(configs), all_epochs, more)
-    print(f'\n{write_results(args, read_runs(configs), all_epochs, more)}\n')
+        write_results()
+    print(f'\n{write_results()}\n')
     print(f'{args.out}.md, .json, .csv')
 
 
@@ -99,62 +105,7 @@ def convert(pvtv2: Path, epochs: int, args: argparse.Namespace) -> None:
 def converted_top1(work_dir: Path) -> Optional[float]:
     """Accuracy that tools/test.py wrote; None if it has not run to its end."""
     logs = sorted(work_dir.glob('*/*.json'))
-    return json.loads(logs[0].read_text())[ablations.METRIC] if logs else None
-
-
-def write_results(
-    args: argparse.Namespace, runs: pd.DataFrame, epochs: Dict[str, int], more: dict
-) -> str:
-    """Write the table; return it as Markdown."""
-    last = runs.sort_values('step').groupby(['row', 'run'], as_index=False).last()
-    seeds = [f'seed{seed}' for seed in args.seeds]
-    folder = Path(args.work_dir, CONVERTED)
-    converted = [
-        dict(row=CONVERTED, run=seed, value=value)
-        for seed in seeds
-        if (value := converted_top1(folder / seed)) is not None
-    ]
-    last = pd.concat([last, pd.DataFrame(converted, columns=['row', 'run', 'value'])])
-    by_seed = last.pivot(index='row', columns='run', values='value').reindex(columns=seeds)
-    table = ablations.summarize(last, list(epochs)).join(by_seed)
-    table.insert(0, 'epochs', list(epochs.values()))
-    rows = [
-        {key: None if pd.isna(value) else value for key, value in row.items()}
-        for row in table.reset_index().astype(object).to_dict('records')
-    ]
-    source = provenance('cuda' if torch.cuda.is_available() else 'cpu', **more)
-    write_report(args.out, rows, source)
-    columns = dict(row='Model', epochs='Epochs', seeds='Seeds', top1_mean='Top-1 (%), mean')
-    columns.update(top1_min='lowest', top1_max='highest', **{seed: seed for seed in seeds})
-    gains = (table.loc[FURTHER, seeds] - table.loc[SCRATCH, seeds]).dropna().astype(float)
-    text = '\n\n'.join(
-        [
-            '# CIFAR-10: {train} training and {test} test images'.format(**more['images']),
-            f'Top-1 accuracy on the test images. {CONVERTED}: PVTv2-B0 of the same seed, converted, '
-            f'not trained; {FURTHER}: trained further from there; {SCRATCH}: from scratch. Batches '
-            f'of {more["batch_size"]}.',
-            format_table(rows, columns),
-            compare(gains.tolist()),
-            '{date}, {device}, commit {commit}: `{command}`'.format(**source),
-        ]
-    )
-    with_suffix(args.out, '.md').write_text(text + '\n')
-    return text
-
-
-def compare(gains: List[float]) -> str:
-    """What the seeds that have both say of starting from PVTv2."""
-    if not gains:
-        return 'No seed is finished.'
-    mean, by_seed = sum(gains) / len(gains), ', '.join(f'{gain:+.2f}' for gain in gains)
-    text = (
-        f'From PVTv2 less from scratch, in percentage points: mean {mean:+.2f}, by seed {by_seed}.'
-    )
-    if len(gains) < 2:
-        return f'{text} One seed decides nothing.'
-    if min(gains) > 0:
-        return f'{text} It helped with every seed.'
-    return f'{text} It {"helped with some seeds only" if max(gains) > 0 else "did not help"}.'
+    return json.loads(logs[0].read_text())[campaign.METRIC] if logs else None
 
 
 def main(argv: Optional[List[str]] = None) -> int:
