@@ -2,8 +2,8 @@
 """Measure LinGlo against other backbones: latency, throughput, memory, size, published accuracy.
 
 Weights are random; nothing is downloaded. Each backbone is measured as it was trained and, if it can be
-fused for inference, in that form too. --sweep grows the images instead. --bars checks the project's
-performance bars, with the options of check_bars.py. Figures hold for the machine they were measured on.
+fused for inference, in that form too. --sweep grows the images instead. --bars checks the project's bars,
+with the options of check_bars.py. Figures hold for the machine that they were measured on.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from mmlinglo.analysis.report import format_table, provenance, write_report
 from mmlinglo.utils.cli import UsageError, run
 
 SWEPT = ['linglo_b0', 'linglo_b0_dot_product', 'pvt_v2_b0', 'swiftformer_xs']
-COMPARED = [name for name, peer in PEERS.items() if peer.has_maps]
 DTYPES = ['float32', 'float16', 'bfloat16', 'autocast']
 # Options that only one of the two ways of measuring takes, and their defaults.
 COMPARE = dict(forms=list(benchmark.FORMS), compile=False, shape=(224, 224), no_memory=False)
@@ -39,8 +38,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add('--batch-size', type=int, default=1, help='default: 1')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--device', choices=['cpu', 'cuda'], default=device, help='default: %(default)s')
-    text = 'default: float32; autocast: to bfloat16, of float32 weights'
-    add('--dtype', choices=DTYPES, default='float32', help=text)
+    add('--dtype', choices=DTYPES, default='float32', help='autocast: of float32, to bfloat16')
     add('--channels-last', action='store_true')
     add('--threads', type=int, help="CPU threads; default: PyTorch's, 2 for --bars")
     add('--rounds', type=int, help='of timing; default: 10, 7 for --bars, 5 for --sweep')
@@ -62,7 +60,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'--{name.replace("_", "-")} {how} --sweep')
     defaults = dict(SWEEP, models=SWEPT, rounds=5)
     if not args.sweep:
-        defaults = dict(COMPARE, models=COMPARED, rounds=10)
+        defaults = dict(COMPARE, models=[m for m in PEERS if PEERS[m].has_maps], rounds=10)
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(**{**vars(args), **defaults, **given})
 
@@ -97,16 +95,16 @@ def measure(args: argparse.Namespace) -> None:
     write_report(args.out, rows, source)
     size = '' if args.sweep else ' of {} x {} pixels'.format(*shape)
     outputs = 'four feature maps' if maps else 'pooled features'
+    outputs += ', channels-last' * args.channels_last
     heading = f'{args.mode.capitalize()}, batch of {args.batch_size}{size}, {outputs}'
-    kind = args.dtype + ', channels-last' * args.channels_last
-    place = f'{kind}; {source["device"]}, CPU threads: {source["threads"]}'
+    place = f'{args.dtype}; {source["device"]}, CPU threads: {source["threads"]}'
     (plot_sweep if args.sweep else plot_accuracy)(rows, f'{heading}\n{place}', args.out)
-    print(f'{heading}, {place}\n', format_table(rows, benchmark.COLUMNS), sep='\n')
+    print(f'{heading}, {place}\n\n{format_table(rows, benchmark.COLUMNS)}')
     print(f'{args.out}.json, .csv, .png')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
     if '--bars' in argv:
         return check_bars([arg for arg in argv if arg != '--bars'])
     try:

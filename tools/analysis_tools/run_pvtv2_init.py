@@ -79,8 +79,7 @@ def run_experiment(args: argparse.Namespace) -> None:
         if path.parent.name == PVTV2:
             convert(path, epochs, args)
         write_results()
-    print(f'\n{write_results()}\n')
-    print(f'{args.out}.md, .json, .csv')
+    print(f'\n{write_results()}\n\n{args.out}.md, .json, .csv')
 
 
 def convert(pvtv2: Path, epochs: int, args: argparse.Namespace) -> None:
