@@ -48,7 +48,11 @@ class Arch:
 
     def __getitem__(self, key: str) -> tuple:
         """An entry by its name, as in the dict of a config."""
-        return asdict(self)[key]
+        return self.to_dict()[key]
+
+    def to_dict(self) -> Dict[str, tuple]:
+        """The dict for a config."""
+        return asdict(self)
 
     @classmethod
     def parse(cls, arch: Union[str, Mapping[str, Sequence], 'Arch']) -> 'Arch':

@@ -179,6 +179,10 @@ class LinGlo(LinGloNetwork, BaseModule):
         )
         self.init_cfg = deepcopy(init_cfg)
         self.in_channels = in_channels
+        self.attention = attention
+        self.pos_encoding = pos_encoding
+        self.qkv_bias = qkv_bias
+        self.norm_cfg = None if norm_cfg is None else dict(norm_cfg)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.mask_padding = mask_padding
@@ -352,11 +356,11 @@ def _check_arguments(num_stages: int, arguments: Dict[str, Any]) -> None:
     check_integer('in_channels', arguments['in_channels'], 1)
     check_integer('img_size', arguments['img_size'], 1)
     check_integer('frozen_stages', arguments['frozen_stages'], -1, num_stages)
-    flags = 'overlap qkv_bias norm_eval mask_padding with_cp channels_last deploy fast'.split()
-    for name in flags:
-        flag = arguments[name]
-        if not isinstance(flag, bool) and (name, flag) != ('fast', None):
-            raise TypeError(f'{name} must be True or False, got {flag!r}')
+    for name in 'overlap qkv_bias norm_eval mask_padding with_cp channels_last deploy'.split():
+        if not isinstance(arguments[name], bool):
+            raise TypeError(f'{name} must be True or False, got {arguments[name]!r}')
+    if not isinstance(arguments['fast'], (bool, type(None))):
+        raise TypeError(f'fast must be None, True or False, got {arguments["fast"]!r}')
     drop_path_rate = arguments['drop_path_rate']
     if not is_number(drop_path_rate):
         raise TypeError(f'drop_path_rate must be a number in [0, 1), got {drop_path_rate!r}')

@@ -81,7 +81,7 @@ def check_against_formula(model, image, cfg=None):
     assert not maps.skipped
     for key, (attention, x) in received.items():
         weights, expected = maps.weights[key], expected_weights(attention, x)
-        assert weights.shape[0] == attention.num_heads
+        assert weights.shape[0] == len(attention.saliency)
         assert weights.dtype == torch.float32
         np.testing.assert_allclose(weights.flatten(1).numpy(), expected, rtol=1e-3, atol=1e-7)
         np.testing.assert_allclose(weights.sum((1, 2)), 1, atol=1e-5)

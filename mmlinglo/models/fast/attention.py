@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from .. import network
+from ..arguments import check_integer
 from .precision import autocast_off, full_precision
 from .seam import Rewriting
 
@@ -33,6 +34,11 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
         >>> attn(torch.rand(1, 3136, 64)).shape
         torch.Size([1, 3136, 64])
     """
+
+    def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
+        check_integer('embed_dims', embed_dims, 1)
+        check_integer('num_heads', num_heads, 1)
+        super().__init__(embed_dims, num_heads, qkv_bias)
 
     def saliency_weights(self, x: Tensor) -> Tensor:
         """Weight of every position in every head (Eq. 2): tokens (B, N, C) to (B, num_heads, N).

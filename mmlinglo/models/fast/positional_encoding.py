@@ -71,7 +71,7 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         if not self.is_linear or (self.uses_batch_statistics and x.numel() == x.shape[1]):
             return None
         kernel, bias = self.kernel_and_bias(x)
-        return F.conv2d(x, kernel, bias, padding=1, groups=len(kernel))
+        return F.conv2d(x, kernel, bias, padding=1, groups=kernel.shape[0])
 
     @property
     def is_linear(self) -> bool:
