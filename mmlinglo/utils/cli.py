@@ -2,6 +2,7 @@
 """What the command lines under ``tools/`` have in common."""
 
 import argparse
+import importlib.util
 import logging
 import os
 import os.path as osp
@@ -14,12 +15,26 @@ import mmengine
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.hooks import LoggerHook
 from mmengine.logging import print_log
 
 from mmlinglo.engine import TrainingError, prepare_cpu_distributed
 from mmlinglo.hub import find_recipe
 
 from .checkpoint import CheckpointError, use_in_mmengine
+
+# Of torch's DataLoader, which refuses them without data workers.
+WORKER_SETTINGS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')
+# What mmengine's logging back ends import, and what to install for it.
+LOG_PACKAGES = dict(
+    AimVisBackend=('aim', 'aim'),
+    ClearMLVisBackend=('clearml', 'clearml'),
+    DVCLiveVisBackend=('dvclive', 'dvclive'),
+    MLflowVisBackend=('mlflow', 'mlflow'),
+    NeptuneVisBackend=('neptune', 'neptune'),
+    TensorboardVisBackend=('tensorboard', 'tensorboard'),
+    WandbVisBackend=('wandb', 'wandb'),
+)
 
 
 class UsageError(Exception):
@@ -183,6 +198,9 @@ def load_runner_config(args: argparse.Namespace) -> Config:
     """
     cfg = load_config(args.config, args.cfg_options)
     use_in_mmengine(args.trust_checkpoint)
+    _drop_worker_settings(cfg)
+    _use_one_log_writer(cfg)
+    _check_log_backends(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -203,3 +221,29 @@ def load_runner_config(args: argparse.Namespace) -> Config:
             )
         prepare_cpu_distributed(cfg)
     return cfg
+
+
+def _drop_worker_settings(cfg: Config) -> None:
+    """Leave out what a loader without data workers must not have, so that ``num_workers=0`` works."""
+    for loader in (cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')):
+        if isinstance(loader, dict) and loader.get('num_workers', 0) == 0:
+            for key in WORKER_SETTINGS:
+                loader.pop(key, None)
+
+
+def _use_one_log_writer(cfg: Config) -> None:
+    """Let the main process alone write log files, where the config has mmengine's hook."""
+    hooks = cfg.setdefault('default_hooks', {})
+    logger = hooks.setdefault('logger', dict(type='LoggerHook'))
+    if logger is not None and logger.get('type') in ('LoggerHook', LoggerHook):
+        logger['type'] = 'mmlinglo.MainProcessLoggerHook'
+
+
+def _check_log_backends(cfg: Config) -> None:
+    backends = (cfg.get('visualizer') or {}).get('vis_backends') or []
+    for backend in backends:
+        kind = backend['type'] if isinstance(backend, dict) else backend
+        name = kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+        package, install = LOG_PACKAGES.get(name, ('sys', ''))
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f'{name} needs another package: pip install {install}')
