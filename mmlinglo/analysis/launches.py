@@ -123,6 +123,15 @@ class GroupedLinGlo(LinGlo):
     encoding = GroupedPositionalEncoding
 
 
+def set_form(model: nn.Module, form: str) -> nn.Module:
+    """Have LinGlo run in one of :data:`FORMS`; for ``'grouped'`` it must be a :class:`GroupedLinGlo`."""
+    switched_on = dict(grouped=GroupedPositionalEncoding, rewritten=Rewriting).get(form, ())
+    for module in model.modules():
+        if isinstance(module, Rewriting):
+            module.fast = isinstance(module, switched_on)
+    return model
+
+
 def build_form(name: str, shape: Tuple[int, int], mode: str, form: str = 'plain') -> nn.Module:
     """A backbone in a mode and form, with pooled features at 224 x 224 and four maps elsewhere.
 
@@ -146,10 +155,7 @@ def build_form(name: str, shape: Tuple[int, int], mode: str, form: str = 'plain'
         model = Plain(GroupedLinGlo(arch, out_indices=indices).eval(), maps)
     else:
         model = build_backbone(name, shape, maps)
-    switched_on = dict(grouped=GroupedPositionalEncoding, rewritten=Rewriting).get(form, ())
-    for module in model.modules():
-        if isinstance(module, switched_on):
-            module.fast = True
+    set_form(model, form)
     if mode == 'deploy':
         switch_to_deploy(model)
     return model.train(mode == 'train')
