@@ -198,7 +198,9 @@ def run_steps(
         else:
             done[step.name] = _run_step(root, out, step, limit, before.get('finished', []))
         path.write_text(json.dumps(done, indent=2) + '\n')
-        page = summarize(out, steps, done, source).replace(str(root), '.')
+        page = summarize(out, steps, done, source)
+        for folder, name in ((str(root), '.'), (sys.prefix, 'PYTHON')):  # of this machine
+            page = page.replace(folder, name)
         (out / 'summary.md').write_text(page)
         yield step, done[step.name]
 
