@@ -158,6 +158,27 @@ def test_rewritten_encodings_move_and_keep_less():
     assert ours.saved_bytes < 0.6 * plain.saved_bytes
 
 
+@pytest.mark.parametrize(
+    'shape', [(8, 3136, 64, 1), (1, 16800, 128, 2), (1, 1050, 256, 8)], ids=str
+)
+def test_rewritten_attention_moves_less(shape):
+    batch_size, positions, channels, heads = shape
+    attention = mmlinglo.KeyOnlyAttention(channels, heads)
+    tokens = nn.Conv2d(3, channels, 1)
+    flatten = Layer(lambda _, x: x.flatten(2).transpose(1, 2))
+    model = nn.Sequential(tokens, flatten, attention).train()
+
+    def count(fast):
+        attention.fast = fast
+        found = count_launches(model, (batch_size, 3, 1, positions), 'fp16')
+        return found.forward + found.backward
+
+    ours, literal = count(True), count(False)
+    assert ours.host_copies == ours.syncs == 0
+    assert ours.launches <= 1.5 * literal.launches
+    assert ours.bytes_moved <= literal.bytes_moved
+
+
 def test_deployed_is_one_convolution():
     plain, deployed = (
         count_launches(build_form('linglo_b0', (64, 64), mode), IMAGES).forward
