@@ -439,6 +439,23 @@ def test_failures_are_seen(language, code, sandbox):
     assert 'line 7 ended with' in sandbox.run_blocks([good, Block(language, 'runs', code, 7)])
 
 
+# The pictures
+
+
+@pytest.mark.parametrize('script', ['draw_diagrams', 'draw_results'])
+def test_drawings_show_the_modules_and_the_results(script, tmp_path, monkeypatch):
+    images = ROOT / 'docs/images'
+    monkeypatch.syspath_prepend(str(ROOT / 'docs'))
+    monkeypatch.setattr(sys, 'argv', [script])
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, 'IMAGES', tmp_path)
+    module.main()
+    drawn = sorted(tmp_path.iterdir())
+    assert drawn
+    for path in drawn:
+        assert path.read_text() == (images / path.name).read_text(), f'run docs/{script}.py'
+
+
 # The site
 
 
