@@ -1,4 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import importlib
 import os
 import subprocess
 import sys
@@ -47,6 +48,14 @@ def run_tool(*args, check=True, **env) -> subprocess.CompletedProcess:
     if check and result.returncode:
         raise AssertionError(f'{args} ended with {result.returncode}:\n{result.stderr[-4000:]}')
     return result
+
+
+def import_tool(path: str):
+    """The module of a command line under tools/, to call its ``main(argv)`` in this process."""
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:  # some tools import their neighbours
+        sys.path.append(folder)
+    return importlib.import_module(Path(path).stem)
 
 
 @pytest.fixture(scope='session')

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
-from .precision import cpu_autocast_is_on
-
 
 def is_usable(x: Tensor) -> bool:
     """Whether these operators may do the work on ``x``.
@@ -25,7 +23,7 @@ def is_usable(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not cpu_autocast_is_on()
+        and not torch.is_autocast_enabled('cpu')
         and _python_dispatch._get_current_dispatch_mode() is None
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled

@@ -17,14 +17,6 @@ def autocast_off(x: Tensor) -> ContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def cpu_autocast_is_on() -> bool:
-    """Whether autocast is on for the CPU."""
-    try:
-        return torch.is_autocast_enabled('cpu')
-    except TypeError:  # torch < 2.4 knows one device there
-        return torch.is_autocast_cpu_enabled()
-
-
 def full_precision(x: Tensor) -> Tensor:
     """``x`` in float32 if it is float16 or bfloat16, else ``x`` itself."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -23,15 +23,13 @@ known from the geometry.
 
 from functools import lru_cache
 from itertools import product
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autocorrelation import autocorrelation
-from .chunking import PendingGradient, image_chunks
 from .precision import autocast_off, full_precision
 
 OFFSETS = list(product((-1, 0, 1), repeat=2))
@@ -39,7 +37,7 @@ LAGS = list(product((-2, -1, 0, 1, 2), repeat=2))
 
 
 def patch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and covariance of the zero-padded 3x3 patches of each channel, differentiable once.
+    """Mean and covariance of the zero-padded 3x3 patches of each channel, differentiable.
 
     Args:
         x: Maps, (B, C, H, W), channels-last ones without a copy in that layout.
@@ -52,94 +50,27 @@ def patch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     return _PatchMoments.apply(x)
 
 
-def linear_patch_moments(
-    x: Tensor, weight: Tensor, bias: Tensor, pending: PendingGradient
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """``F.linear(x, weight, bias)`` and the moments of its patches, differentiable once.
-
-    In chunks of images, of which the moments are taken, and in the backward pass
-    the gradients of the linear layer, while they are in the cache. The result's
-    own gradient is never held as a whole.
-
-    Args:
-        x: Maps, (B, H, W, C).
-        weight: Of the linear layer, (C', C).
-        bias: Of the linear layer, (C',).
-        pending: Where the one reader of the result that depends on the moments
-            leaves its gradient of the result, see
-            :func:`~.chunking.linear_by_images`. It has no other gradient.
-
-    Returns:
-        The result (B, H, W, C') and mean and covariance as of :func:`patch_moments`.
-    """
-    return _LinearPatchMoments.apply(x, weight, bias, pending)
-
-
 class _PatchMoments(torch.autograd.Function):
     """Keeps nothing but ``x`` for the backward pass, which a convolution after it keeps anyway."""
 
     @staticmethod
-    def forward(ctx, x: Tensor):  # noqa: ANN001, ANN205
+    def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
         with autocast_off(x):
             maps = x.permute(0, 2, 3, 1)
             centre = full_precision(maps).mean((0, 1, 2))
-            mean, covariance = _moments(maps, centre, autocorrelation(maps, centre))
-        ctx.save_for_backward(x, mean)
-        return mean, covariance
+            return _moments(maps, centre, autocorrelation(maps, centre))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_mean: Tensor, grad_covariance: Tensor):  # noqa: ANN001, ANN205
+    def setup_context(ctx: Any, inputs: Tuple[Tensor], output: Tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_covariance: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         with autocast_off(x):
-            adjoint = _MomentsAdjoint(x.permute(0, 2, 3, 1), mean, grad_mean, grad_covariance)
-            return adjoint(x).to(x.dtype)
-
-
-class _LinearPatchMoments(torch.autograd.Function):
-    @staticmethod
-    def forward(  # noqa: ANN205
-        ctx,  # noqa: ANN001
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        pending: PendingGradient,
-    ):
-        result = x.new_empty(*x.shape[:-1], len(weight))
-        centre = full_precision(x).mean((0, 1, 2))
-        centre = F.linear(centre, full_precision(weight), full_precision(bias))
-        correlation = 0
-        for chunk in image_chunks(result):
-            flat = result[chunk].flatten(0, -2)
-            torch.addmm(bias, x[chunk].flatten(0, -2), weight.t(), out=flat)
-            correlation = correlation + autocorrelation(result[chunk], centre)
-        mean, covariance = _moments(result, centre, correlation)
-        ctx.save_for_backward(x, weight, result, mean)
-        ctx.pending = pending
-        ctx.mark_non_differentiable(result)
-        ctx.set_materialize_grads(False)  # zeros as large as the result
-        return result, mean, covariance
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # noqa: ANN205
-        ctx,  # noqa: ANN001
-        _: Tensor,
-        grad_mean: Tensor,
-        grad_covariance: Tensor,
-    ):
-        x, weight, result, mean = ctx.saved_tensors
-        adjoint = _MomentsAdjoint(result, mean, grad_mean, grad_covariance)
-        others, ctx.pending.chunks = ctx.pending.chunks, None
-        grad_x, grad_weight = x.new_empty(x.shape), torch.zeros_like(weight)
-        grad_bias = 0
-        for chunk, other in zip(image_chunks(result), others):
-            grad = adjoint(result[chunk].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            grad = grad.to(x.dtype).add_(other).flatten(0, -2)
-            torch.mm(grad, weight, out=grad_x[chunk].flatten(0, -2))
-            grad_weight.addmm_(grad.t(), x[chunk].flatten(0, -2))
-            grad_bias = grad_bias + grad.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+            return _moments_gradient(full_precision(x), mean, grad_mean, grad_covariance).to(
+                x.dtype
+            )
 
 
 def _moments(x: Tensor, centre: Tensor, correlation: Tensor) -> Tuple[Tensor, Tensor]:
@@ -223,39 +154,34 @@ def _inside_moments(height: int, width: int) -> Tuple[Tensor, Tensor]:
     return mean, torch.tensor(second, dtype=torch.float64).view(9, 9) - mean.outer(mean)
 
 
-class _MomentsAdjoint:
-    """Gradient of maps from those of mean (C, 9) and covariance (C, 9, 9), image by image."""
+def _moments_gradient(
+    x: Tensor, mean: Tensor, grad_mean: Tensor, grad_covariance: Tensor
+) -> Tensor:
+    """Gradient of maps (B, C, H, W) from those of mean (C, 9) and covariance (C, 9, 9)."""
+    channels = x.shape[1]
+    n = x.numel() // channels
+    # covariance = S - m m^T
+    both = grad_covariance + grad_covariance.transpose(1, 2)
+    shift = (grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)).view(-1, 3, 3) / n
+    grad = grad_covariance.flatten(1) @ _ASSEMBLY.to(mean).t() / n
+    lags, border, corners = grad.split([25, 20, 4], dim=1)
+    border, corners = border.view(-1, 2, 2, 5), 2 * corners.view(-1, 2, 2)
 
-    def __init__(self, x: Tensor, mean: Tensor, grad_mean: Tensor, grad_covariance: Tensor) -> None:
-        n = x.numel() // x.shape[3]
-        # covariance = S - m m^T
-        both = grad_covariance + grad_covariance.transpose(1, 2)
-        grad_mean = grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)
-        grad = grad_covariance.flatten(1) @ _ASSEMBLY.to(mean).t() / n
-        lags, border, corners = grad.split([25, 20, 4], dim=1)
-        border = border.view(-1, 2, 2, 5)
-        self.shift = grad_mean.view(-1, 3, 3) / n
-        self.lags = _symmetric(lags.reshape(-1, 1, 5, 5))
-        self.rows = [_symmetric(border[:, 0, i].reshape(-1, 1, 1, 5)) for i in range(2)]
-        self.columns = [_symmetric(border[:, 1, i].reshape(-1, 1, 5, 1)) for i in range(2)]
-        self.corners = 2 * corners.view(-1, 2, 2)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Gradient of some images, (B', C, H, W), in the dtype of the moments."""
-        shift, channels = self.shift, x.shape[1]
-        x = full_precision(x)
-        out = F.conv2d(x, self.lags, shift.sum((1, 2)), padding=2, groups=channels)
-        for i, line in enumerate((0, -1)):
-            offset = 2 - 2 * i  # with offset -1 (1) a patch reaches beyond the first (last) line
-            row, column = x[:, :, line].unsqueeze(2), x[:, :, :, line].unsqueeze(3)
-            row = F.conv2d(row, self.rows[i], padding=(0, 2), groups=channels)
-            column = F.conv2d(column, self.columns[i], padding=(2, 0), groups=channels)
-            out[:, :, line] += row.squeeze(2) - shift[:, offset].sum(1).view(-1, 1)
-            out[:, :, :, line] += column.squeeze(3) - shift[:, :, offset].sum(1).view(-1, 1)
-            for j, other in enumerate((0, -1)):
-                corner = self.corners[:, i, j] * x[:, :, line, other]
-                out[:, :, line, other] += corner + shift[:, offset, 2 - 2 * j]
-        return out
+    lags = _symmetric(lags.reshape(-1, 1, 5, 5))
+    out = F.conv2d(x, lags, shift.sum((1, 2)), padding=2, groups=channels)
+    for i, line in enumerate((0, -1)):
+        offset = 2 - 2 * i  # with offset -1 (1) a patch reaches beyond the first (last) line
+        row, column = x[:, :, line].unsqueeze(2), x[:, :, :, line].unsqueeze(3)
+        row_lags = _symmetric(border[:, 0, i].reshape(-1, 1, 1, 5))
+        column_lags = _symmetric(border[:, 1, i].reshape(-1, 1, 5, 1))
+        row = F.conv2d(row, row_lags, padding=(0, 2), groups=channels)
+        column = F.conv2d(column, column_lags, padding=(2, 0), groups=channels)
+        out[:, :, line] += row.squeeze(2) - shift[:, offset].sum(1).view(-1, 1)
+        out[:, :, :, line] += column.squeeze(3) - shift[:, :, offset].sum(1).view(-1, 1)
+        for j, other in enumerate((0, -1)):
+            corner = corners[:, i, j] * x[:, :, line, other]
+            out[:, :, line, other] += corner + shift[:, offset, 2 - 2 * j]
+    return out
 
 
 def _symmetric(kernel: Tensor) -> Tensor:
