@@ -92,7 +92,7 @@ say "installing $(basename "$wheel"), the toolboxes and the test tools (2 minute
 # A wheel of the same version may be there from another torch.
 "${pip[@]}" install -q --no-deps --force-reinstall "$wheel"
 "${pip[@]}" install -q "torch==$TORCH" "torchvision==$TORCHVISION" "${BUILD_TOOLS[@]}" \
-    -r "$MMINSTALL" -r requirements/tests.txt -r requirements/analysis.txt
+    -r "$MMINSTALL" -r requirements/tests.txt -r requirements/docs.txt -r requirements/analysis.txt
 "${pip[@]}" install -q --no-deps --no-build-isolation -e .
 
 # Two of the packages bring opencv-python, which needs libGL; a server without a screen may not have it.
