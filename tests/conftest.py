@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import mmlinglo  # noqa: F401  # before mmcv.ops, for which it may stand in
+
 ROOT = Path(__file__).parent.parent
 TINY_ARCH = dict(
     embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4), mlp_ratio=(2, 2, 2, 2)
