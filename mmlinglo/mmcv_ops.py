@@ -410,7 +410,7 @@ def _sigmoid_focal_loss(
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    output.copy_(_sigmoid_focal_loss(*_widen(input), target, weight, gamma, alpha))
+    output.copy_(_sigmoid_focal_loss(_widen(input)[0], target, weight, gamma, alpha))
 
 
 def sigmoid_focal_loss_backward(

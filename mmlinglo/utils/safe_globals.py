@@ -9,7 +9,7 @@ the logs need and nothing else.
 
 from functools import partial
 from pickle import UnpicklingError
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List
 
 import numpy as np
 from mmengine.logging import HistoryBuffer
@@ -23,7 +23,7 @@ NUMBERS = {
 
 def runner_globals() -> List[Any]:
     """Classes and stand-ins to allow, for ``torch.serialization.safe_globals``."""
-    stand_ins = {'builtins.getattr': _statistic, 'numpy.dtype': _number_dtype}
+    stand_ins: Dict[str, Callable] = {'builtins.getattr': _statistic, 'numpy.dtype': _number_dtype}
     for core in ('core', '_core'):  # of numpy 1 and 2, in whose names the file was written
         stand_ins[f'numpy.{core}.multiarray.scalar'] = _scalar
         stand_ins[f'numpy.{core}.multiarray._reconstruct'] = _empty_array
@@ -33,7 +33,7 @@ def runner_globals() -> List[Any]:
 
 def _named(path: str, function: Callable) -> Callable:
     # Before torch 2.6, which takes a name beside the function, its attributes are the only way.
-    stand_in = partial(function)
+    stand_in: Any = partial(function)
     stand_in.__module__, _, stand_in.__name__ = path.rpartition('.')
     stand_in.__qualname__ = stand_in.__name__
     return stand_in
