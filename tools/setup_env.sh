@@ -130,10 +130,8 @@ find_wheel() {
     # shellcheck disable=SC2086 # a pattern
     wheel=$(compgen -G "$CACHE/$key/"$name | head -n 1 || true)
     if [ -n "$wheel" ] || [ "$want$MMCV_INDEX" = '' ]; then return; fi
-    mkdir -p "$CACHE/$key"
-    new=$(mktemp -d "$CACHE/$key/.new-XXXXXX")
-    # shellcheck disable=SC2064 # this folder
-    trap "rm -rf '$new'" EXIT
+    mkdir -p "$CACHE/$key" "$scratch/new"
+    new=$scratch/new
     if [ "$want" = --compile ]; then
         compile_mmcv "$new"
     elif ! pip download -q --no-cache-dir --no-index --find-links "$MMCV_INDEX" --no-deps --only-binary :all: \
@@ -145,7 +143,8 @@ find_wheel() {
         return
     fi
     wheel=$CACHE/$key/$(basename "$new"/*.whl)
-    mv "$new"/*.whl "$wheel"
+    cp "$new"/*.whl "$wheel.part"
+    mv "$wheel.part" "$wheel"
 }
 
 # Whether the operators in a wheel were compiled for the installed torch.
@@ -155,23 +154,21 @@ import importlib.util, sys, tempfile, zipfile, torch
 with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(sys.argv[1]) as archive:
     (name,) = [name for name in archive.namelist() if name.startswith('mmcv/_ext.')]
     spec = importlib.util.spec_from_file_location('_ext', archive.extract(name, folder))
-    importlib.util.module_from_spec(spec).nms
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.nms
 LOAD
 }
 
 install_mmcv() {
-    local hidden
     if [ -n "$wheel" ]; then
         say "installing $(basename "$wheel") with compiled operators"
         pip install -q --no-deps --force-reinstall "$wheel" # the same version may be there without them
         return
     fi
-    say "installing $mmcv without compiled operators: torchvision's stand in for them"
-    hidden=$(mktemp -d)
-    # shellcheck disable=SC2064 # this folder
-    trap "rm -rf '$hidden'" EXIT
-    echo 'raise ModuleNotFoundError("hidden, so that mmcv does not compile")' >"$hidden/torch.py"
-    PYTHONPATH=$hidden pip install -q --no-cache-dir --no-build-isolation --no-deps --force-reinstall "$mmcv"
+    say "installing $mmcv without compiled operators: torchvision's take their place"
+    echo 'raise ModuleNotFoundError("hidden, so that mmcv does not compile")' >"$scratch/torch.py"
+    PYTHONPATH=$scratch pip install -q --no-cache-dir --no-build-isolation --no-deps --force-reinstall "$mmcv"
 }
 
 install_toolboxes() {
@@ -198,6 +195,8 @@ device=cpu
 if [ "${MMCV_OPS:-}" != cpu ]; then
     device=$("$python" -c 'import torch; c = torch.cuda.is_available(); print("cu" + torch.version.cuda if c else "cpu")')
 fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 key=torch$TORCH-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-$device
 MMCV_INDEX=${MMCV_INDEX:-}
 find_wheel # may fail, which leaves a ready environment as it is
