@@ -22,6 +22,25 @@ needs_exporter = pytest.mark.skipif(
 )
 
 
+CORE = (
+    'test_models',
+    'test_mmcv_ops.py',
+    'test_engine/test_layer_decay.py',
+    'test_utils/test_deploy.py',
+)
+NOT_CORE = ('test_models/test_mask_padding.py',)  # builds whole detectors
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what ``run_tests.sh --quick`` runs: what the package computes, without starting programs."""
+    for item in items:
+        name = item.path.relative_to(ROOT / 'tests').as_posix()
+        if name.startswith(CORE) and not name.startswith(NOT_CORE):
+            if not any(map(item.get_closest_marker, ('slow', 'soak'))):
+                item.add_marker('core')
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -96,7 +96,7 @@ install_torch() {
     say "installing torch $TORCH and torchvision $TORCHVISION"
     if ! nvidia-smi -L >/dev/null 2>&1; then
         if pip install -q "torch==$TORCH+cpu" "torchvision==$TORCHVISION+cpu" "${BUILD_TOOLS[@]}" 2>/dev/null; then return; fi
-        say 'This is the build for GPUs (5 GB), since your package index has no build for CPUs. If you can reach it,' \
+        compgen -G "$VENV/lib/python*/site-packages/torch" >/dev/null || say 'This is the build for GPUs (5 GB), since your package index has no build for CPUs. If you can reach it,' \
             'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has one (1 GB)'
     fi
     pip install -q "torch==$TORCH" "torchvision==$TORCHVISION" "${BUILD_TOOLS[@]}"
