@@ -12,6 +12,7 @@ import sys
 from mmlinglo.version import __version__
 
 try:
+    import mmlinglo.mmcv_ops  # noqa: F401  # before mmcv.ops, for which it may stand in
     from mmlinglo.hub import get_config, get_model, list_models, register_in_mmpretrain
     from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo, literal
 except Exception:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import mmlinglo  # noqa: F401  # before mmcv.ops, for which it may stand in
+
 ROOT = Path(__file__).parent.parent
 TINY_ARCH = dict(
     embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4), mlp_ratio=(2, 2, 2, 2)
@@ -19,6 +21,25 @@ needs_exporter = pytest.mark.skipif(
     not hasattr(torch.export.Dim, 'DYNAMIC'),
     reason='the ONNX exporter of torch 2.5 knows fixed sizes and opset 18 only',
 )
+
+
+CORE = (
+    'test_models',
+    'test_mmcv_ops.py',
+    'test_engine/test_layer_decay.py',
+    'test_utils/test_deploy.py',
+)
+NOT_CORE = ('test_models/test_mask_padding.py',)  # builds whole detectors
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what ``run_tests.sh --quick`` runs: what the package computes, without starting programs."""
+    for item in items:
+        name = item.path.relative_to(ROOT / 'tests').as_posix()
+        if name.startswith(CORE) and not name.startswith(NOT_CORE):
+            if not any(map(item.get_closest_marker, ('slow', 'soak'))):
+                item.add_marker('core')
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ class NonFiniteLossHook(Hook):
     ) -> None:
         """Look at the loss."""
         loss = outputs.get('loss') if isinstance(outputs, dict) else None
-        if not isinstance(loss, Tensor):
+        if outputs is None or not isinstance(loss, Tensor):
             return
         if self.action == 'skip':
             self._after_step(runner, outputs)

@@ -67,4 +67,4 @@ def _name_pictures(dataset: Dataset) -> None:
             _name_pictures(inner)
     pipeline = getattr(dataset, 'pipeline', None)
     if callable(pipeline) and not isinstance(pipeline, NamingPipeline):
-        dataset.pipeline = NamingPipeline(pipeline)
+        dataset.pipeline = NamingPipeline(pipeline)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import re
 from contextlib import nullcontext
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, ContextManager, Dict, List, Optional, Sequence
 from urllib.parse import urlparse
 
 import torch
@@ -128,7 +128,7 @@ def _read(path: str, source: str, trust: bool) -> Any:
         return _load_safetensors(path)
     if trust:
         return torch.load(path, map_location='cpu', weights_only=False)
-    allowed = nullcontext()
+    allowed: ContextManager = nullcontext()
     if hasattr(torch.serialization, 'safe_globals'):
         allowed = torch.serialization.safe_globals(runner_globals())
     with allowed:

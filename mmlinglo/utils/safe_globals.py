@@ -8,7 +8,7 @@ file names. So stand-ins take their names, and do only what the logs need.
 
 from functools import partial
 from pickle import UnpicklingError
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List
 
 import numpy as np
 from mmengine.logging import HistoryBuffer
@@ -22,7 +22,7 @@ NUMBERS = {
 
 def runner_globals() -> List[Any]:
     """List the classes and stand-ins to pass to ``torch.serialization.safe_globals``."""
-    stand_ins = {'builtins.getattr': _statistic, 'numpy.dtype': _number_dtype}
+    stand_ins: Dict[str, Callable] = {'builtins.getattr': _statistic, 'numpy.dtype': _number_dtype}
     for core in ('core', '_core'):  # numpy 1 or 2 wrote the file
         stand_ins[f'numpy.{core}.multiarray.scalar'] = _scalar
         stand_ins[f'numpy.{core}.multiarray._reconstruct'] = _empty_array
@@ -32,7 +32,7 @@ def runner_globals() -> List[Any]:
 
 def _named(path: str, function: Callable) -> Callable:
     # torch before 2.6 reads the name from the function's attributes only.
-    stand_in = partial(function)
+    stand_in: Any = partial(function)
     stand_in.__module__, _, stand_in.__name__ = path.rpartition('.')
     stand_in.__qualname__ = stand_in.__name__
     return stand_in
