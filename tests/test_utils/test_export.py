@@ -13,7 +13,7 @@ from mmengine.config import Config
 from torch.export import Dim
 
 from mmlinglo import LinGlo
-from mmlinglo.utils.export import export_onnx, describe_preprocessing, relative_error, run_onnx
+from mmlinglo.utils.export import describe_preprocessing, export_onnx, relative_error, run_onnx
 from mmlinglo.utils.files import complete_file
 
 ARCH = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratio=(2, 2))

@@ -20,8 +20,8 @@ from mmlinglo.utils.export import (
     OPSETS,
     ExporterError,
     Logits,
-    export_onnx,
     describe_preprocessing,
+    export_onnx,
     relative_error,
     run_onnx,
 )
