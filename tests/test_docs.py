@@ -63,6 +63,7 @@ PASSES_ON_TO = {
     'tools/slurm_train.sh': 'tools/train.py',
     'tools/dist_test.sh': 'tools/test.py',
     'tools/slurm_test.sh': 'tools/test.py',
+    'tools/gpu_day.sh': 'tools/analysis_tools/run_gpu_day.py',
 }
 NOT_WITH_THE_ORIGINALS = {  # pages with a block that fails there, and why
     'docs/deployment.md': 'torch.export.Dim.DYNAMIC needs torch 2.6',
@@ -188,7 +189,7 @@ def options_of(tool: str) -> Set[str]:
         patch.setattr(sys, 'path', [str((ROOT / tool).parent), *sys.path])
         spec.loader.exec_module(module)
         with pytest.raises(SystemExit):
-            module.parse_args()
+            module.parse_args(*[['--help']] * len(inspect.signature(module.parse_args).parameters))
     return set(re.findall(r'--[a-z][\w-]*', printed.getvalue()))
 
 

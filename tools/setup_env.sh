@@ -174,7 +174,7 @@ install_mmcv() {
 install_toolboxes() {
     say 'installing the toolboxes and the test tools'
     local requirements=() file
-    for file in "${STACK_PINS[@]}" requirements/{tests,docs,analysis}.txt; do requirements+=(-r "$file"); done
+    for file in "${STACK_PINS[@]}" requirements/{runtime,tests,docs,analysis}.txt; do requirements+=(-r "$file"); done
     pip install -q "torch==$TORCH" "torchvision==$TORCHVISION" "${BUILD_TOOLS[@]}" "${requirements[@]}"
     pip install -q --no-deps --no-build-isolation -e .
     # Two of the packages bring opencv-python, which needs libGL; a server without a screen may not have it.

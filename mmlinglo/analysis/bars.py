@@ -243,7 +243,7 @@ def attention(shape: AttentionShape, literal: bool = False, train: bool = True) 
     forward = partial(Literally(attn) if literal else attn, x)
     if train:
         return Work(forward, lambda: torch.autograd.grad(forward(), inputs, gradient), inputs[1:])
-    attn.eval().switch_to_deploy()
+    attn.eval()
     return Work(forward, torch.inference_mode()(forward), inputs[1:])
 
 

@@ -344,8 +344,8 @@ def _start_encoding(
         centre = encoding.kernel_size // 2
         first.conv.weight[:, 0, centre, centre] -= 1
     update_bn(maps, encoding)
-    first.norm.weight.copy_((first.norm.running_var + first.norm.eps).sqrt())
-    first.norm.bias.copy_(first.norm.running_mean + dwconv.bias)
+    first.bn.weight.copy_((first.bn.running_var + first.bn.eps).sqrt())
+    first.bn.bias.copy_(first.bn.running_mean + dwconv.bias)
     for branch in others:
         nn.init.zeros_(branch.bn.weight)
 

@@ -109,7 +109,7 @@ def test_converting_twice_or_in_place(classifier_checkpoint, tmp_path):
     run_tool(CONVERT, CLASSIFIER, classifier_checkpoint, out)
     assert 're-parameterised' in error_of(CONVERT, CLASSIFIER, out, tmp_path / 'again.pth')
     deployed = ['--cfg-options', 'model.backbone.deploy=True']
-    assert 'deployed form already' in error_of(
+    assert 'already builds the deployed form' in error_of(
         CONVERT, CLASSIFIER, out, tmp_path / 'again.pth', *deployed
     )
     assert [p.name for p in tmp_path.iterdir()] == ['out.pth']

@@ -154,7 +154,10 @@ def test_a_wrong_file_is_refused(classifier, main, tmp_path, monkeypatch):
         (['--out', 'x.pth'], r"file \*\.onnx, got 'x\.pth'"),
         (['--out', 'x.onnx', '--shape', 31, 64], r'at least 32 32 .* got \[31, 64\] and 1'),
         (['--out', 'x.onnx', '--shape', 32, 64, '--dynamic'], 'at least 64 64'),
-        (['--out', 'x.onnx', '--batch-size', 0], r'--batch-size 1, got \[224, 224\] and 0'),
+        (
+            ['--out', 'x.onnx', '--batch-size', 0],
+            r'--batch-size at least 1, got \[224, 224\] and 0',
+        ),
     ],
 )
 def test_bad_arguments(classifier, main, args, message):
@@ -165,7 +168,7 @@ def test_bad_arguments(classifier, main, args, message):
 def test_whole_detectors_are_not_for_this_tool(main, tmp_path):
     config = tmp_path / 'detector.py'
     config.write_text(DETECTOR)
-    with pytest.raises(UsageError, match=r'is of mmdet: use --part backbone, or see docs/'):
+    with pytest.raises(UsageError, match=r'belongs to mmdet: use --part backbone, or see docs/'):
         main(config, '--out', tmp_path / 'x.onnx', '--part', 'model')
 
 

@@ -52,7 +52,7 @@ def test_seeded(shapes, tmp_path):
 
 def test_never_overwrites(shapes):
     args = ['--num-train', 16, '--num-val', 8, '--num-demo', 2, '--size', 64]
-    assert 'there already' in run_tool('tools/misc/make_shapes.py', shapes, *args).stdout
+    assert 'exists already' in run_tool('tools/misc/make_shapes.py', shapes, *args).stdout
     result = run_tool('tools/misc/make_shapes.py', shapes, check=False)
     assert result.returncode == 1
     assert f'\nerror: {shapes} exists' in f'\n{result.stderr}'

@@ -207,7 +207,7 @@ def test_what_a_file_may_hold_besides_tensors(tmp_path):
         np.testing.assert_array_equal(loaded[key], value)
     for array in (np.array(['text']), np.array([None]), np.zeros(2, 'f4,f4')):
         torch.save(dict(array=array), tmp_path / 'other.pth')
-        with pytest.raises(CheckpointError, match=r'read safely: numpy\.dtype of something else'):
+        with pytest.raises(CheckpointError, match=r'read safely: numpy\.dtype of something other'):
             load_checkpoint_file(str(tmp_path / 'other.pth'))
 
 

@@ -170,7 +170,7 @@ def test_relative_error():
     expected = [torch.tensor([1.0, -4.0]), torch.tensor([[10.0]])]
     outputs = [torch.tensor([1.5, -4.0]), torch.tensor([[10.0]])]
     assert relative_error(outputs, expected) == 0.5 / 4
-    with pytest.raises(ValueError, match=r'\[\(2,\)\] instead of \[\(2,\), \(1, 1\)\]'):
+    with pytest.raises(ValueError, match=r'\[\(2,\)\], expected \[\(2,\), \(1, 1\)\]'):
         relative_error(outputs[:1], expected)
 
 

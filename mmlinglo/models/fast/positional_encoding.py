@@ -46,6 +46,8 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         torch.Size([1, 256, 56, 56])
     """
 
+    kernel_size = 3
+
     def __init__(
         self,
         channels: int,
