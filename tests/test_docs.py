@@ -180,7 +180,8 @@ def options_of(tool: str) -> Set[str]:
     """Options in a tool's --help; of a shell script, those of what it passes them on to."""
     tool = PASSES_ON_TO.get(tool, tool)
     if tool.endswith('.sh'):
-        return set()
+        comment = (ROOT / tool).read_text().partition('\nset ')[0]
+        return set(re.findall(r'--[a-z][\w-]*', comment))
     spec = importlib.util.spec_from_file_location(f'tool_{Path(tool).stem}', ROOT / tool)
     module = importlib.util.module_from_spec(spec)
     printed = io.StringIO()

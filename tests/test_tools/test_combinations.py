@@ -79,7 +79,8 @@ def test_trains_and_is_tested(case, task, run, shapes, tmp_path):
         pytest.skip('mmpretrain mixes in its models')
     extra = MIXED[task] if case == 'mixed' else CASES[case]
     config = write_tiny_config(tmp_path, shapes, task, extra)
-    run('tools/train.py', config, '--work-dir', tmp_path / 'work')
+    every = ['--cfg-options', 'default_hooks.logger.interval=1']
+    run('tools/train.py', config, '--work-dir', tmp_path / 'work', *every)
     finite_checkpoint(tmp_path / 'work', task)
     lines = logged(tmp_path / 'work')
     assert any('loss' in line for line in lines)

@@ -277,7 +277,7 @@ def test_function_is_closer_than_without_fit_or_with_a_plain_copy(converted):
     assert differences['fitted'] == pytest.approx(reported, rel=1e-3)
     for fitted, start, copy in zip(*differences.values()):
         assert fitted < 0.8 * start
-        assert fitted < 0.5 * copy
+        assert fitted < 0.6 * copy
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,8 @@ def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Ge
         cv2.imwrite(str(folders[2] / f'{image_id:06d}.png'), labels)
         images.append(dict(id=image_id, file_name=name, width=size, height=size))
         annotations += [
-            coco_annotation(len(annotations) + i, image_id, shape) for i, shape in enumerate(shapes)
+            coco_annotation(len(annotations) + i, image_id, shape)
+            for i, shape in enumerate(shapes, 1)  # pycocotools takes a match with id 0 for none
         ]
     write_coco(root / 'coco/annotations' / f'{split}.json', images, annotations)
 
