@@ -5,8 +5,8 @@ For the second, put BCCD where configs/quickstart/retinanet_linglo-b0_fpn_2xb4-2
 
 bash tools/dist_train.sh configs/quickstart/retinanet_linglo-b0_fpn_2xb4-20e_bccd-320x240.py 2 --work-dir work_dirs/bccd
 python tools/infer.py configs/quickstart/retinanet_linglo-b0_fpn_2xb4-20e_bccd-320x240.py work_dirs/bccd/epoch_20.pth \
-    data/bccd/val/BloodImage_00038.jpg --out-dir work_dirs/bccd
-python docs/draw_results.py data/bccd work_dirs/bccd/preds/BloodImage_00038.json
+    data/bccd/val/BloodImage_00068.jpg --out-dir work_dirs/bccd
+python docs/draw_results.py data/bccd work_dirs/bccd/preds/BloodImage_00068.jpg.json
 """
 
 import argparse
@@ -19,6 +19,8 @@ from draw_diagrams import IMAGES, picture, text
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = {'RBC': '#d62728', 'WBC': '#1f4fd8', 'Platelets': '#0b8a3a'}
+CAPTIONS = dict(RBC='Red blood cell', WBC='White blood cell', Platelets='Platelet')
+BAR = 56  # height of a line of text in pixels
 Boxes = Iterable[Tuple[str, List[float]]]
 
 
@@ -44,19 +46,19 @@ def draw_speed(table: Path) -> str:
 
 def draw_boxes(image: Image.Image, title: str, boxes: Boxes) -> Image.Image:
     """The image with boxes in the colour of their class, under a title."""
-    panel = Image.new('RGB', (image.width, image.height + 44), 'white')
-    panel.paste(image, (0, 44))
+    panel = Image.new('RGB', (image.width, image.height + BAR), 'white')
+    panel.paste(image, (0, BAR))
     draw = ImageDraw.Draw(panel)
-    draw.text((4, 4), title, 'black', ImageFont.load_default(30))
+    draw.text((4, 4), title, 'black', ImageFont.load_default(42))
     for name, (left, top, right, bottom) in boxes:
-        draw.rectangle((left, top + 44, right, bottom + 44), outline=COLOURS[name], width=5)
+        draw.rectangle((left, top + BAR, right, bottom + BAR), outline=COLOURS[name], width=6)
     return panel
 
 
 def draw_detection(root: Path, prediction: Path, threshold: float = 0.4) -> Image.Image:
     """Annotated and predicted boxes of a validation image side by side, over a legend."""
     coco = json.loads((root / 'annotations/val.json').read_text())
-    name = f'{prediction.stem}.jpg'
+    name = prediction.stem  # tools/infer.py appends .json to the image's name
     record = next(each for each in coco['images'] if each['file_name'] == name)
     names = {each['id']: each['name'] for each in coco['categories']}
     truth = [
@@ -71,13 +73,14 @@ def draw_detection(root: Path, prediction: Path, threshold: float = 0.4) -> Imag
     image = Image.open(root / 'val' / name).convert('RGB')
     panels = [draw_boxes(image, 'Ground truth', truth), draw_boxes(image, 'LinGlo-b0', predicted)]
     width, height = panels[0].size
-    sheet = Image.new('RGB', (2 * width + 16, height + 44), 'white')
+    sheet = Image.new('RGB', (2 * width + 16, height + BAR), 'white')
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i * (width + 16), 0))
     x, draw = 4, ImageDraw.Draw(sheet)
     for name, colour in COLOURS.items():
-        draw.text((x, height + 6), f'■ {name}', colour, ImageFont.load_default(30))
-        x += 260
+        draw.rectangle((x, height + 14, x + 32, height + 46), fill=colour)
+        draw.text((x + 44, height + 2), CAPTIONS[name], 'black', ImageFont.load_default(42))
+        x += 460
     return sheet
 
 
