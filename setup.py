@@ -16,7 +16,6 @@ NOT_FOR_USERS = (  # need a checkout, or write into it
     'quickstart.sh',
     'run_tests.sh',
     'setup_env.sh',
-    'update_config_reference.py',
     'update_model_zoo.py',
 )
 

@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from mmlinglo.utils.checkpoint import check_resumable
+from mmlinglo.checkpoint import check_resumable
 
 WARM_UPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
 

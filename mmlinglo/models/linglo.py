@@ -18,33 +18,26 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmlinglo.checkpoint import load_pretrained_backbone
 from mmlinglo.registry import MODELS
-from mmlinglo.utils.checkpoint import load_pretrained_backbone
 
 from .arch import ARCHS, Arch
 from .arguments import check_integer, get_length, is_number
 from .fast import FFN, ConditionalPositionalEncoding, KeyOnlyAttention, Rewriting
 from .fast.seam import PLAIN_LAYERS
 from .init import init_layer
-from .network import ENCODINGS, DotProductAttention, LinGloNetwork, Stage
+from .network import ENCODINGS, DotProductAttention, LinGloNetwork
 from .padding import ImageSizes, forward_unpadded
 
 BATCH_NORM = MappingProxyType(dict(type='BN'))
 PLAIN_LAYERS.add(SyncBatchNorm)  # mmengine's, type='SyncBN'
 
 
-class CheckpointedStage(Stage):
-    """A stage that may compute its blocks again in the backward pass, which saves memory."""
-
-    with_cp = False
+class CheckpointedBlocks(nn.Sequential):
+    """Blocks that are computed again in the backward pass, which saves memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.with_cp:
-            return super().forward(x)
-        if self.downsample is not None:
-            x = self.downsample(x.permute(0, 3, 1, 2))
-        x = self.pos_embed(x)
-        for block in self.blocks:
+        for block in self:
             if x.requires_grad:
                 contexts = partial(_make_contexts, block)
                 x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
@@ -136,7 +129,7 @@ class LinGlo(LinGloNetwork, BaseModule):
 
     arch_zoo = ARCHS
     attentions = dict(key_only=KeyOnlyAttention, dot_product=DotProductAttention)
-    encoding, ffn, stage = ConditionalPositionalEncoding, FFN, CheckpointedStage
+    encoding, ffn = ConditionalPositionalEncoding, FFN
 
     def __init__(
         self,
@@ -191,10 +184,11 @@ class LinGlo(LinGloNetwork, BaseModule):
         strides = list(accumulate(self.arch.strides[: len(self.stages)], mul))
         self.out_strides = tuple(strides[i] for i in self.out_indices)
         self.min_size = strides[-1]
+        if with_cp:
+            for stage in self.stages:
+                stage.blocks = CheckpointedBlocks(*stage.blocks)
         for module in self.modules():
-            if isinstance(module, CheckpointedStage):
-                module.with_cp = with_cp
-            elif isinstance(module, Rewriting):
+            if isinstance(module, Rewriting):
                 module.fast = fast
             elif isinstance(module, nn.Conv2d):
                 # All maps are channels-last, and so are the gradients of the kernels: with kernels

@@ -202,7 +202,7 @@ class LinGloNetwork(nn.Module):
     """
 
     attentions = dict(key_only=KeyOnlyAttention, dot_product=DotProductAttention)
-    encoding, ffn, stage = ConditionalPositionalEncoding, FFN, Stage
+    encoding, ffn = ConditionalPositionalEncoding, FFN
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class LinGloNetwork(nn.Module):
             if pos_encoding == 'absolute':
                 pos_embed = AbsolutePositionEmbedding(dims[i], img_size)
             blocks = [build_block(i) for _ in range(arch.depths[i])]
-            self.stages.append(self.stage(downsample, pos_embed, blocks))
+            self.stages.append(Stage(downsample, pos_embed, blocks))
         for i in out_indices:
             self.add_module(f'norm{i}', LayerNorm(dims[i]))
 

@@ -18,10 +18,9 @@ from mmengine.device import get_device
 from mmengine.hooks import LoggerHook
 from mmengine.logging import print_log
 
+from mmlinglo.checkpoint import CheckpointError, use_in_mmengine
 from mmlinglo.engine import TrainingError, prepare_cpu_distributed
 from mmlinglo.hub import find_recipe
-
-from .checkpoint import CheckpointError, use_in_mmengine
 
 # Of torch's DataLoader, which refuses them without data workers.
 WORKER_SETTINGS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')

@@ -25,7 +25,8 @@ from mmengine.device import get_device
 from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
-from .checkpoint import load_model_weights
+from mmlinglo.checkpoint import load_model_weights
+
 from .deploy import build_model, switch_to_deploy
 from .files import complete_file
 

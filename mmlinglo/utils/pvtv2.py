@@ -34,10 +34,9 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from mmlinglo.checkpoint import CheckpointError, find_state_dict, load_model_weights
 from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo
 from mmlinglo.models.network import ENCODINGS
-
-from .checkpoint import CheckpointError, find_state_dict, load_model_weights
 
 Weights = Dict[str, Tensor]
 Maps = List[Tensor]  # one tensor for each batch of images

@@ -20,8 +20,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.structures import InstanceData, PixelData
 
 from mmlinglo import LinGlo
+from mmlinglo.checkpoint import use_in_mmengine
 from mmlinglo.utils import CheckpointError, load_checkpoint_file
-from mmlinglo.utils.checkpoint import use_in_mmengine
 from mmlinglo.utils.cli import load_config
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.pvtv2 import load_pvtv2, timm_weights

@@ -11,42 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import pytest
 import torch
-from conftest import ROOT, run_tool
+from conftest import run_tool
+from trainings import LAST, TASKS, write_config
 
 pytestmark = pytest.mark.slow
-QUICKSTART = ROOT / 'configs/quickstart'
-TASKS = dict(
-    detection='retinanet_linglo-b0_fpn_2xb4-3e_shapes.py',
-    segmentation='fpn_linglo-b0_2xb4-360_shapes-160x160.py',
-    classification='linglo-b0_2xb16-8e_shapes.py',
-)
-SUB_FOLDERS = dict(detection='coco/', segmentation='ade/', classification='imagenet')
-LAST = dict(detection='epoch_2', segmentation='iter_4', classification='epoch_2')
-
-
-def write_config(path, shapes, task, extra=''):
-    """The quickstart config on the very small data set: 2 epochs, batches of 4."""
-    root = f'{shapes}/{SUB_FOLDERS[task]}'
-    lines = [
-        f"_base_ = '{QUICKSTART / TASKS[task]}'",
-        'train_cfg = dict(max_iters=4, val_interval=4)'
-        if task == 'segmentation'
-        else 'train_cfg = dict(max_epochs=2, val_interval=2)',
-        f"train_dataloader = dict(batch_size=4, dataset=dict(data_root='{root}'))",
-        f"val_dataloader = dict(dataset=dict(data_root='{root}'))",
-        'test_dataloader = val_dataloader',
-    ]
-    if task == 'detection':
-        lines += [
-            f"val_evaluator = dict(ann_file='{root}annotations/val.json')",
-            'test_evaluator = val_evaluator',
-            # a few steps give no box a score above the usual threshold
-            'model = dict(test_cfg=dict(score_thr=0.0))',
-        ]
-    if task == 'segmentation':
-        lines += ['default_hooks = dict(checkpoint=dict(interval=2))']
-    path.write_text('\n'.join([*lines, extra]))
-    return path
 
 
 @pytest.fixture(scope='session', params=TASKS)

@@ -13,8 +13,8 @@ from mmengine.model import ExponentialMovingAverage, PretrainedInit
 from torch.optim.swa_utils import AveragedModel
 
 from mmlinglo import LinGlo
+from mmlinglo.checkpoint import check_resumable
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
-from mmlinglo.utils.checkpoint import check_resumable
 
 
 def source_backbone(**kwargs):

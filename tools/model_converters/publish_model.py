@@ -19,8 +19,8 @@ from mmengine.config import DictAction
 from torch import Tensor
 
 import mmlinglo
+from mmlinglo.checkpoint import check_finite, find_state_dict, import_safetensors
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
-from mmlinglo.utils.checkpoint import check_finite, find_state_dict, import_safetensors
 from mmlinglo.utils.cli import UsageError, add_trust_argument, load_config, run
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
