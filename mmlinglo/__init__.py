@@ -15,11 +15,17 @@ try:
     import mmlinglo.mmcv_ops  # noqa: F401  # before mmcv.ops, for which it may stand in
     from mmlinglo.hub import get_config, get_model, list_models, register_in_mmpretrain
     from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo, literal
-except Exception:
-    if sys.argv[:1] != ['-m']:  # `python -m mmlinglo.check_env` must be able to say what is wrong
+except Exception as error:
+    # `python -m mmlinglo.check_env` must be able to say what is wrong.
+    if 'mmlinglo.check_env' not in getattr(sys, 'orig_argv', ()):
+        missing = (getattr(error, 'name', None) or '').partition('.')[0]
+        if isinstance(error, ModuleNotFoundError) and missing in ('mmengine', 'mmcv'):
+            raise ModuleNotFoundError(
+                f'mmlinglo needs {missing}, which is not installed: '
+                'python -m pip install onedl-mmengine onedl-mmcv',
+                name=missing,
+            ) from error
         raise
-else:
-    register_in_mmpretrain()
 
 __all__ = [
     'ConditionalPositionalEncoding',
@@ -30,4 +36,5 @@ __all__ = [
     'get_model',
     'list_models',
     'literal',
+    'register_in_mmpretrain',
 ]

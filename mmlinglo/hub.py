@@ -7,13 +7,8 @@ names up in their own packages only; their functions take a config, which :func:
 
 import difflib
 import fnmatch
-import importlib.util
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Dict, List, Optional, Union
+from typing import Dict, List, Union
 
 import yaml
 from mmengine.config import Config
@@ -23,7 +18,6 @@ from .utils import load_checkpoint_file, load_model_weights
 from .utils.deploy import build_model
 
 PACKAGE = Path(__file__).resolve().parent
-MMPRETRAIN_HUB = 'mmpretrain.apis.model'
 CLASSIFIERS = 'configs/imagenet/metafile.yml'
 NO_WEIGHTS = """\
 nobody has published weights of {name!r}. Either
@@ -105,38 +99,18 @@ def get_model(name: str, pretrained: Union[bool, str] = False) -> nn.Module:
 
 
 def register_in_mmpretrain() -> None:
-    """Add our classifiers to mmpretrain's hub, now or as soon as somebody imports mmpretrain."""
-    if MMPRETRAIN_HUB in sys.modules:
-        _register(sys.modules[MMPRETRAIN_HUB])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Add our classifiers to mmpretrain's hub, so that ``mmpretrain.get_model`` knows their names.
 
+    A second call does nothing, and so does the first one of a package that was copied from
+    somewhere without its configs.
 
-class _AfterImport(MetaPathFinder):
-    """Waits for the import of mmpretrain's hub, which mmlinglo itself must not import."""
+    Raises:
+        ModuleNotFoundError: If mmpretrain is not installed.
+    """
+    from mmpretrain.apis.model import ModelHub  # mmlinglo itself must not import it
 
-    def find_spec(self, name: str, *_: Any) -> Optional[ModuleSpec]:
-        if name != MMPRETRAIN_HUB:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)  # by the other finders
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register(module)
-
-            spec.loader.exec_module = execute_and_register  # of this import's loader only
-        return spec
-
-
-def _register(hub_module: ModuleType) -> None:
-    hub = hub_module.ModelHub
-    if not (_root() / CLASSIFIERS).is_file():
-        return  # the package alone, copied from somewhere without its configs
-    if not any(hub.has(name) for name in _recipes()):  # a second time it would raise
-        hub.register_model_index(_root() / CLASSIFIERS, config_prefix=_root())
+    if (_root() / CLASSIFIERS).is_file() and not any(map(ModelHub.has, _recipes())):
+        ModelHub.register_model_index(_root() / CLASSIFIERS, config_prefix=_root())
 
 
 def _root() -> Path:
