@@ -259,8 +259,8 @@ def check_resumable(
         if sizes != saved:
             raise CheckpointError(
                 f'the optimizer of {source!r} has {sum(saved)} parameters in {len(saved)} groups, '
-                f'this one {sum(sizes)} in {len(sizes)}: frozen_stages, the constructor of the '
-                f'optimizer or its paramwise_cfg has changed. {NOT_RESUMABLE.format(source=source)}'
+                f'this one {sum(sizes)} in {len(sizes)}: the constructor of the optimizer or '
+                f'its paramwise_cfg has changed. {NOT_RESUMABLE.format(source=source)}'
             )
 
 

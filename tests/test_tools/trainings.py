@@ -63,7 +63,10 @@ def write_tiny_config(folder: Path, shapes: Path, task: str, extra: str = '') ->
     """The same with a tiny model, without data workers; ``extra`` may change all of it."""
     write_config(folder / 'base.py', shapes, task)
     lines = ["_base_ = './base.py'", TINY_MODELS[task]]
-    lines += [f'{split}_dataloader = dict(num_workers=0)' for split in ('train', 'val', 'test')]
+    lines += [
+        f'{split}_dataloader = dict(num_workers=0, persistent_workers=False)'
+        for split in ('train', 'val', 'test')
+    ]
     (folder / 'tiny.py').write_text('\n'.join(lines))
     config = folder / 'config.py'
     config.write_text(f"_base_ = './tiny.py'\n{extra}\n")
