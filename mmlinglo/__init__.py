@@ -12,8 +12,9 @@ import sys
 from mmlinglo.version import __version__
 
 try:
+    import mmlinglo.mmcv_ops  # noqa: F401  # before mmcv.ops, for which it may stand in
     from mmlinglo.hub import get_config, get_model, list_models, register_in_mmpretrain
-    from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo
+    from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo, literal
 except Exception:
     if sys.argv[:1] != ['-m']:  # `python -m mmlinglo.check_env` must be able to say what is wrong
         raise
@@ -28,4 +29,5 @@ __all__ = [
     'get_config',
     'get_model',
     'list_models',
+    'literal',
 ]

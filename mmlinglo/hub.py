@@ -44,23 +44,37 @@ def list_models(pattern: str = '*') -> List[str]:
 
 
 def get_config(name: str) -> Config:
-    """Config of a recipe, for the functions of mmdet, mmseg and mmpretrain that take one.
+    """Read the config of a recipe, for the functions of mmdet, mmseg and mmpretrain that take one.
 
     Args:
-        name: One of :func:`list_models`, such as ``'retinanet_linglo-b1_fpn_1x_coco'``.
+        name: One of :func:`list_models`, such as ``'retinanet_linglo-b1_fpn_1x_coco'``,
+            or the name of another config in this project's ``configs/``.
 
     Raises:
         ValueError: If there is no such recipe; names the most similar ones.
     """
-    recipes = _recipes()
-    if name not in recipes:
-        similar = list_models(name)[:3] or difflib.get_close_matches(name, recipes)
+    return Config.fromfile(find_recipe(name))
+
+
+def find_recipe(name: str) -> Path:
+    """Find the config file of a recipe.
+
+    Args:
+        name: File name of a config in this project's ``configs/``, without ``.py``.
+
+    Raises:
+        ValueError: If there is no such recipe; names the most similar ones.
+    """
+    paths = {path.stem: path for path in _root().glob('configs/[!_]*/*.py')}
+    if name not in paths:
+        similar = sorted(fnmatch.filter(paths, f'{name}*'))[:3]
+        similar = similar or difflib.get_close_matches(name, paths)
         raise ValueError(
             f'no recipe is named {name!r}. '
             + (f'Did you mean {" or ".join(map(repr, similar))}? ' if similar else '')
             + 'mmlinglo.list_models() gives all names'
         )
-    return Config.fromfile(_root() / recipes[name]['Config'])
+    return paths[name]
 
 
 def get_model(name: str, pretrained: Union[bool, str] = False) -> nn.Module:

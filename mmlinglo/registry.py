@@ -1,9 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Registries of mmlinglo, children of mmengine's.
+"""mmlinglo's registries, children of mmengine's.
 
-mmengine imports this module by itself when a config says
-``type='mmlinglo.X'``, in whichever toolbox the config belongs to, and then the
-``locations`` of the registry that it asks.
+If a config of any toolbox says ``type='mmlinglo.X'``, mmengine imports this module and then the
+``locations`` of the registry that it searches.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS

@@ -1,4 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import mmlinglo  # noqa: F401  # before mmcv.ops, for which it may stand in
+
 ROOT = Path(__file__).parent.parent
 TINY_ARCH = dict(
     embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4), mlp_ratio=(2, 2, 2, 2)
@@ -18,6 +21,25 @@ needs_exporter = pytest.mark.skipif(
     not hasattr(torch.export.Dim, 'DYNAMIC'),
     reason='the ONNX exporter of torch 2.5 knows fixed sizes and opset 18 only',
 )
+
+
+CORE = (
+    'test_models',
+    'test_mmcv_ops.py',
+    'test_engine/test_layer_decay.py',
+    'test_utils/test_deploy.py',
+)
+NOT_CORE = ('test_models/test_mask_padding.py',)  # builds whole detectors
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what ``run_tests.sh --quick`` runs: what the package computes, without starting programs."""
+    for item in items:
+        name = item.path.relative_to(ROOT / 'tests').as_posix()
+        if name.startswith(CORE) and not name.startswith(NOT_CORE):
+            if not any(map(item.get_closest_marker, ('slow', 'soak'))):
+                item.add_marker('core')
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +69,14 @@ def run_tool(*args, check=True, **env) -> subprocess.CompletedProcess:
     if check and result.returncode:
         raise AssertionError(f'{args} ended with {result.returncode}:\n{result.stderr[-4000:]}')
     return result
+
+
+def import_tool(path: str):
+    """The module of a command line under tools/, to call its ``main(argv)`` in this process."""
+    folder = str((ROOT / path).parent)
+    if folder not in sys.path:  # some tools import their neighbours
+        sys.path.append(folder)
+    return importlib.import_module(Path(path).stem)
 
 
 @pytest.fixture(scope='session')

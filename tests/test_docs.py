@@ -1,7 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""README and docs/: what they tell to run is run, and what they name exists.
+"""The Markdown pages: the commands on them run, what they name exists, and the site builds without a warning.
 
-A comment above each block of bash or Python, invisible on the page, says what becomes of it here:
+Sphinx checks links, anchors and docstrings. A comment above each block of bash or Python, invisible on
+the page, says what happens to the block here:
 
 <!-- runs -->                           run, in the order of the page, in a copy of the checkout. `make_shapes.py` makes
                                         fewer and smaller scenes than it does for the reader, unless the command says
@@ -45,9 +46,14 @@ from mmlinglo import registry
 from mmlinglo.utils.deploy import build_model
 
 PAGES = sorted(
-    str(path.relative_to(ROOT)) for path in [ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')]
+    str(path.relative_to(ROOT))
+    for pattern in ('*.md', 'configs/*/*.md', 'docs/**/*.md', '.github/**/*.md')
+    for path in ROOT.glob(pattern)
 )
-REASONS = ('GPUs', 'ImageNet', 'COCO', 'ADE20K', 'a network', 'a cluster', 'hours', 'weights')
+REASONS = (
+    *('GPUs', 'ImageNet', 'COCO', 'ADE20K', 'your data', 'weights'),
+    *('a network', 'a cluster', 'hours'),
+)
 RUNNABLE = ('bash', 'python')
 NOT_RUNNABLE = ('text', 'json')
 # For the tests only; options of the command itself come later and win.
@@ -138,30 +144,6 @@ def problem_of_mark(block: Block, page: str) -> str:
 
 def beside(page: str, target: str) -> Path:
     return (ROOT / page).parent / target
-
-
-def slugs_of(path: Path) -> Set[str]:
-    """Anchors that GitHub gives the headings of a page."""
-    slugs: Dict[str, int] = {}
-    names = set()
-    for title in re.findall(r'^#+ (.*)$', without_blocks(path.read_text()), re.M):
-        title = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', title)
-        slug = re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
-        count = slugs[slug] = slugs.get(slug, -1) + 1
-        names.add(f'{slug}-{count}' if count else slug)
-    return names
-
-
-def problems_of_links(text: str, page: str) -> Iterator[str]:
-    for target in re.findall(r'\]\(([^)\s]+)\)', without_blocks(text)):
-        if re.match(r'https?://|mailto:', target):
-            continue
-        name, _, anchor = target.partition('#')
-        path = beside(page, name) if name else ROOT / page
-        if not path.exists():
-            yield f'no file for the link {target!r}'
-        elif anchor and anchor not in slugs_of(path):
-            yield f'no heading for the link {target!r}'
 
 
 def problems_of_paths(text: str, page: str) -> Iterator[str]:
@@ -260,7 +242,6 @@ def problems_of(text: str, page: str) -> List[str]:
         for block in blocks_of(text)
         if (problem := problem_of_mark(block, page))
     ]
-    problems += problems_of_links(text, page)
     problems += problems_of_paths(text, page)
     problems += problems_of_options(text)
     problems += problems_of_names(text)
@@ -284,9 +265,6 @@ def test_what_a_page_names_exists(page):
         ('<!-- merged into: configs/none.py -->\n```python\na = 1\n```', 'no config'),
         ('<!-- runs -->\n```text\nls\n```', 'needs no mark'),
         ('```\nls\n```', 'language'),
-        ('[a](none.md)', 'no file for the link'),
-        ('[a](tour.md#none)', 'no heading'),
-        ('[a](#none)', 'no heading'),
         ('`configs/coco/none.py`', 'no file'),
         ('see tools/none.py', 'no file'),
         ('```text\npython tools/train.py CONFIG [--none]\n```', 'tools/train.py has no option'),
@@ -303,19 +281,6 @@ def test_problems_are_found(text, problem):
     assert any(problem in each for each in found), found
 
 
-def test_anchors():
-    """As GitHub makes them."""
-    slugs = slugs_of(ROOT / 'docs/custom_dataset.md')
-    assert {'your-own-data', 'boxes-detection', 'example-cifar-10'} <= slugs
-
-
-def test_index_lists_every_page():
-    index = (ROOT / 'docs/README.md').read_text()
-    links = {target.partition('#')[0] for target in re.findall(r'\]\(([^)]+)\)', index)}
-    pages = {os.path.relpath(ROOT / page, ROOT / 'docs') for page in PAGES} - {'README.md'}
-    assert {page for page in pages if not page.startswith('results/')} <= links | {'../README.md'}
-
-
 def marked(kind: str) -> List[Tuple[str, Block]]:
     return [
         (page, block)
@@ -323,18 +288,6 @@ def marked(kind: str) -> List[Tuple[str, Block]]:
         for block in blocks_of((ROOT / page).read_text())
         if block.language in RUNNABLE and block.mark.partition(':')[0] == kind
     ]
-
-
-@pytest.mark.slow
-def test_tests_that_pages_name_are_collected():
-    named = {block.mark.partition(': ')[2] for _, block in marked('tested by')}
-    command = ['-m', 'pytest', '-q', '--collect-only', '-m', 'slow or not slow', *sorted(named)]
-    result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    collected = {line.partition('[')[0] for line in result.stdout.splitlines()}
-    assert named <= collected
 
 
 # Pieces of configs
@@ -486,42 +439,57 @@ def test_failures_are_seen(language, code, sandbox):
     assert 'line 7 ended with' in sandbox.run_blocks([good, Block(language, 'runs', code, 7)])
 
 
-# The config reference
+# The pictures
 
 
-def config_reference_tool():
-    path = ROOT / 'tools/misc/update_config_reference.py'
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
+@pytest.mark.parametrize('script', ['draw_diagrams', 'draw_results'])
+def test_drawings_show_the_modules_and_the_results(script, tmp_path, monkeypatch):
+    images = ROOT / 'docs/images'
+    monkeypatch.syspath_prepend(str(ROOT / 'docs'))
+    monkeypatch.setattr(sys, 'argv', [script])
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, 'IMAGES', tmp_path)
+    module.main()
+    drawn = sorted(tmp_path.iterdir())
+    assert drawn
+    for path in drawn:
+        assert path.read_text() == (images / path.name).read_text(), f'run docs/{script}.py'
 
 
-def test_config_reference_is_up_to_date(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['tools/misc/update_config_reference.py', '--check'])
-    config_reference_tool().main()
-    assert 'up to date' in capsys.readouterr().out
+# The site
 
 
-@pytest.mark.parametrize(
-    ('described', 'message'),
-    [
-        (['first'], "of Layer does not describe 'second'"),
-        (['first', 'second', 'third'], r"of Layer describes \['third'\], no arguments"),
-    ],
-)
-def test_config_reference_needs_every_argument_and_no_other(described, message):
-    class Layer:
-        def __init__(self, first: int, second: int = 2) -> None: ...
-
-    Layer.__doc__ = 'Short.\n\nArgs:\n' + ''.join(f'    {name}: A number.\n' for name in described)
-    tool = config_reference_tool()
-    with pytest.raises(tool.UsageError, match=message):
-        tool.entry('Layer', Layer)
+def build_site(root: Path, out: Path) -> subprocess.CompletedProcess:
+    command = ['-m', 'sphinx', '-q', '-W', '--keep-going', '-E', '-c', root / 'docs', root, out]
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
-def test_config_reference_changes_with_a_docstring(monkeypatch):
-    tool = config_reference_tool()
-    assert tool.reference() == tool.DOC.read_text()
-    monkeypatch.setattr(mmlinglo.LinGlo, '__doc__', mmlinglo.LinGlo.__doc__.replace('images', 'x'))
-    assert tool.reference() != tool.DOC.read_text()
+def test_site_builds_without_a_warning(tmp_path):
+    result = build_site(ROOT, tmp_path)
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / 'docs/api/backbone.html').read_text()
+    for name in inspect.signature(mmlinglo.LinGlo).parameters:
+        assert f'<strong>{name}</strong>' in reference, f'{name} is not described'
+    assert 'docs/README.html' in (tmp_path / 'index.html').read_text()
+
+
+def test_site_needs_every_link_and_every_page(tmp_path):
+    shutil.copytree(
+        ROOT / 'docs', tmp_path / 'docs', ignore=shutil.ignore_patterns('*.md', '*.rst')
+    )
+    page = '# Page\n\n[a](none.md) [b](none.py) [c](#none) [d](README.md#none)\n'
+    (tmp_path / 'docs/page.md').write_text(page)
+    (tmp_path / 'docs/README.md').write_text('# Index\n\n## Part\n\n- [e](page.md)\n')
+    (tmp_path / 'docs/forgotten.md').write_text('# Forgotten\n')
+    result = build_site(tmp_path, tmp_path / 'site')
+    assert result.returncode != 0
+    for target in ("'none.md'", "'none.py'", "'none'", "'docs/README'"):
+        assert re.search(rf'docs/page.md:3: WARNING: .*{target}', result.stderr), target
+    assert re.search(r'docs/forgotten.md: WARNING: .*toctree', result.stderr)
+    assert result.stderr.count('WARNING') == 5

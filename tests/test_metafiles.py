@@ -81,26 +81,35 @@ def test_check_names_what_is_not_up_to_date(monkeypatch, capsys):
         return counts(cfg, ['FLOPs'] if cfg.filename.endswith('/linglo-b0_8xb128_in1k.py') else [])
 
     monkeypatch.setattr(tool, 'counts', wrong_b0)
-    names = r'configs/imagenet/metafile\.yml, docs/model_zoo\.md'
+    names = r'configs/imagenet/metafile\.yml, docs/model_zoo\.md, configs/imagenet/README\.md'
     with pytest.raises(tool.UsageError, match=f'not up to date: {names}. Run python {UPDATE}'):
         tool.main()
     assert [path.read_text() for path in files] == before
 
 
-def test_tables_are_those_of_the_metafiles():
+def test_tables_are_those_of_the_metafiles_and_docstrings():
     tool = model_zoo_tool()
-    text = (ROOT / tool.DOC).read_text()
     rows = {task: [m for m in MODELS if f'/{task}/' in m['Config']] for task in TASKS}
-    tables = {task: tool.table(task, rows[task]) for task in TASKS}
-    assert tool.with_tables(text, tables) == text
+    documents = tool.updated_documents(rows)
+    assert {path for path, text in documents.items() if path.read_text() != text} == set()
+    readmes = {path.parent / 'README.md' for path in (ROOT / 'configs').glob('[!_]*/*.py')}
+    assert set(documents) == {tool.ZOO, *readmes}
+    for config in (ROOT / 'configs').glob('[!_]*/*.py'):
+        text = (config.parent / 'README.md').read_text()
+        assert f'[{config.stem}]({config.name})' in text
     for model in MODELS:
         counts = model['Metadata']
+        text = tool.ZOO.read_text()
         line = next(line for line in text.splitlines() if f'[{model["Name"]}]' in line)
         assert f'({"../" + model["Config"]})' in line
         params = [counts[key] / 1e6 for key in ('Parameters', 'Deployed Parameters')]
         assert '{:.2f} / {:.2f} M'.format(*params) in line
-    with pytest.raises(tool.UsageError, match='table: coco'):
-        tool.with_tables('<!-- table: imagenet -->\n\n<!-- end -->', tables)
+
+
+def test_tables_need_their_place():
+    tool = model_zoo_tool()
+    with pytest.raises(tool.UsageError, match=r'zoo\.md must have one line "<!-- table: moon -->"'):
+        tool.with_tables(tool.ZOO, {'moon': ''})
 
 
 def test_what_is_kept_by_hand_survives_an_update(monkeypatch):

@@ -1,8 +1,16 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""The wheel, and how the stand-in for mmcv's operators gets into an environment."""
+
+import importlib.machinery
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PathDistribution
+from pathlib import Path
 
+import mmcv
 import pytest
 from conftest import ROOT
 from mmengine.config import Config
@@ -24,6 +32,17 @@ def test_wheel_holds_configs_and_tools_for_mim(tmp_path):
     assert (mim / 'model-index.yml').is_file()
     assert (mim / 'tools/train.py').is_file()
     assert (mim / 'tools/dist_train.sh').is_file()
+    for_developers = ('make_sheet', 'update_model_zoo', 'run_tests', 'setup_env', 'quickstart')
+    assert not [path for path in (mim / 'tools').rglob('*') if path.stem in for_developers]
+    help_text = subprocess.check_output(['bash', mim / 'tools/dist_train.sh', '--help'], text=True)
+    assert help_text.startswith('bash tools/dist_train.sh CONFIG GPUS')
+    assert (tmp_path / 'site/mmlinglo/py.typed').is_file()
+    (folder,) = (tmp_path / 'site').glob('*.dist-info')
+    metadata = PathDistribution(folder).metadata
+    assert {'det', 'seg', 'cls', 'analysis', 'dev'} <= {*metadata.get_all('Provides-Extra')}
+    required = metadata.get_all('Requires-Dist')
+    assert [line for line in required if line.startswith('onedl-mmdetection==') and '"det"' in line]
+    assert metadata['Version'] == __version__
     for model in MODELS:
         backbone = Config.fromfile(mim / model['Config']).model.backbone
         assert backbone.type in ('mmlinglo.LinGlo', LinGlo)  # a class in pure Python configs
@@ -42,3 +61,72 @@ def test_wheel_holds_configs_and_tools_for_mim(tmp_path):
     config = mim / 'configs/imagenet/linglo-b1_8xb128_in1k.py'
     expected = [tmp_path / 'site/mmlinglo/__init__.py', 4, config, len(MODELS)]
     assert result.stdout.split() == [str(item) for item in expected]
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """An environment's packages, of which mmcv has no compiled operators."""
+    mmcv_folder = Path(mmcv.__file__).parent
+    packages = mmcv_folder.parent
+    site = tmp_path / 'site'
+    (site / 'mmcv').mkdir(parents=True)
+    for path in packages.iterdir():
+        if path.name == 'mmcv' or path.suffix == '.pth':
+            continue
+        (site / path.name).symlink_to(path)
+    for path in mmcv_folder.iterdir():
+        if not path.name.startswith(('_ext', '__pycache__')):
+            (site / 'mmcv' / path.name).symlink_to(path)
+    (record,) = packages.glob('*mmcv-*.dist-info/RECORD')
+    (site / record.parent.name).unlink()
+    shutil.copytree(record.parent, site / record.parent.name)
+    text = record.read_text().replace('mmcv/_ext.py,,\n', '')
+    (site / record.parent.name / 'RECORD').write_text(text)
+
+    def run(code, check=True):
+        path = os.pathsep.join([str(site), str(ROOT)])
+        return subprocess.run(
+            [sys.executable, '-S', '-W', 'ignore', '-c', code],
+            env={**os.environ, 'PYTHONPATH': path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=check,
+        )
+
+    run.site = site
+    return run
+
+
+def test_without_the_stand_in_mmcv_has_no_operators(environment):
+    result = environment('import mmcv.ops', check=False)
+    assert "No module named 'mmcv._ext'" in result.stderr
+
+
+def test_importing_mmlinglo_is_enough(environment):
+    code = 'import mmlinglo, sys; print("torchvision" in sys.modules); import mmdet.models, mmcv.ops as o;'
+    code += 'print(o.nms.__module__, o.get_compiler_version(), sys.modules["mmcv._ext"].__name__)'
+    expected = 'mmcv.ops.nms not compiled, operators by torchvision mmlinglo.mmcv_ops\n'
+    assert environment(code).stdout.endswith(expected)
+
+
+def test_linked_into_an_environment(environment):
+    """Programs that do not import mmlinglo find it; pip knows the file; linking twice changes nothing."""
+    for _ in range(2):
+        assert (
+            environment('from mmlinglo import mmcv_ops; print(mmcv_ops.link())').stdout == 'True\n'
+        )
+    code = 'import mmdet.models, mmcv.ops, mmcv._ext, sys; print("mmlinglo" in sys.modules, mmcv._ext.__file__)'
+    link = environment.site / 'mmcv/_ext.py'
+    assert environment(code).stdout == f'False {link}\n'
+    assert link.resolve() == ROOT / 'mmlinglo/mmcv_ops.py'
+    (record,) = environment.site.glob('*mmcv-*.dist-info/RECORD')
+    assert record.read_text().count('mmcv/_ext.py,,\n') == 1
+
+
+def test_compiled_operators_win_over_a_link(environment):
+    compiled = importlib.machinery.EXTENSION_SUFFIXES[0]
+    environment('from mmlinglo import mmcv_ops; mmcv_ops.link()')
+    (environment.site / f'mmcv/_ext{compiled}').write_text('not really')
+    code = 'from mmlinglo import mmcv_ops as m; print(m.is_compiled(m.find_ext()), m.link())'
+    assert environment(code).stdout == 'True False\n'

@@ -20,8 +20,8 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from mmlinglo import LinGlo
-from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention
-from mmlinglo.models.backbones.linglo import ATTENTIONS, CONDITIONAL_ENCODINGS, POS_ENCODINGS
+from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, literal
+from mmlinglo.models.network import ENCODINGS
 
 
 def property_test(few: int, many: int, **strategies: st.SearchStrategy) -> Callable:
@@ -78,13 +78,13 @@ def backbones(draw, **fixed) -> LinGlo:
     num_stages = len(arch['depths'])
     stages = draw(st.lists(st.integers(0, num_stages - 1), min_size=1, unique=True))
     indices = [i - num_stages if draw(st.booleans()) else i for i in stages]
-    pos_encoding = draw(st.sampled_from(POS_ENCODINGS))
-    letters = 'CH' if pos_encoding in CONDITIONAL_ENCODINGS else 'H'
+    pos_encoding = draw(st.sampled_from([*ENCODINGS, 'absolute', None]))
+    letters = 'CH' if pos_encoding in ENCODINGS else 'H'
     options = dict(
         arch=arch,
         in_channels=draw(st.sampled_from([3, 1, 4])),
         drop_path_rate=draw(st.sampled_from([0.0, 0.5])),
-        attention=draw(st.sampled_from(list(ATTENTIONS))),
+        attention=draw(st.sampled_from(list(LinGlo.attentions))),
         pos_encoding=pos_encoding,
         layout='-'.join(draw(st.sampled_from(letters)) for _ in range(num_stages)),
         overlap=draw(st.booleans()),
@@ -136,6 +136,7 @@ def map_sizes(model: LinGlo, images: Tensor) -> list:
     5, 600, model=backbones(), size=image_sizes(), batch=st.integers(1, 3), layout=LAYOUTS
 )
 def test_maps_in_evaluation(model, size, batch, layout):
+    size = [max(pixels, model.min_size) for pixels in size]
     model.eval()
     images = torch.randn(batch, model.patch_embed.conv.in_channels, *size)
     with torch.no_grad():
@@ -156,6 +157,7 @@ def test_maps_in_evaluation(model, size, batch, layout):
 )
 def test_training(model, size, batch, layout):
     """Finite maps and gradients; nothing else is trained than what is not frozen."""
+    size = [max(pixels, model.min_size) for pixels in size]
     model.train()
     images = laid_out(torch.randn(batch, model.patch_embed.conv.in_channels, *size), layout)
     sizes = map_sizes(model, images)
@@ -164,7 +166,7 @@ def test_training(model, size, batch, layout):
         for i in range(max(model.frozen_stages, 0), len(model.stages))
         if batch == 1 and sizes[i] == (1, 1) and model.arch['depths'][i]
     ]
-    if single and model.pos_encoding in CONDITIONAL_ENCODINGS and not model.norm_eval:
+    if single and model.pos_encoding in ENCODINGS and not model.norm_eval:
         with pytest.raises(ValueError, match='more than 1 value per channel'):
             model(images)
         return
@@ -188,6 +190,7 @@ def test_training(model, size, batch, layout):
 
 @property_test(8, 200, model=backbones(), size=image_sizes(longest=200), batch=st.integers(1, 2))
 def test_deployed_form_is_equal(model, size, batch):
+    size = [max(pixels, model.min_size) for pixels in size]
     model.eval().double()
     images = torch.randn(batch, model.patch_embed.conv.in_channels, *size, dtype=torch.float64)
     with torch.no_grad():
@@ -220,43 +223,22 @@ def literal_numpy(attention: KeyOnlyAttention, x: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(images))
 
 
-@property_test(8, 300, attention=attentions(), batch=st.integers(1, 3), tokens=st.integers(1, 6))
+@property_test(8, 300, attention=attentions(), batch=st.integers(1, 3), tokens=st.integers(1, 30))
 def test_attention(attention, batch, tokens):
-    """All orders compute the paper's formulas; their gradients are those of differences."""
-    x = torch.randn(batch, tokens, attention.embed_dims, dtype=torch.float64)
+    """It computes the paper's formulas, as written and rewritten, with gradients of differences."""
+    x = torch.randn(batch, tokens, attention.key.in_features, dtype=torch.float64)
     expected = literal_numpy(attention, x)
-    deployed = copy.deepcopy(attention).eval()
-    deployed.switch_to_deploy()
     with torch.no_grad():
-        for module, order in (
-            (attention, '_forward_literal'),
-            (attention, '_forward_folded'),
-            (attention, 'forward'),
-            (deployed, '_forward_folded'),
-            (deployed, '_forward_spared'),
-            (deployed, 'forward'),
-        ):
-            assert_close(getattr(module, order)(x), expected, rtol=1e-9, atol=1e-9)
+        assert_close(attention(x), expected, rtol=1e-9, atol=1e-9)
+        with literal():
+            assert_close(attention(x), expected, rtol=1e-9, atol=1e-9)
     names = [name for name, _ in attention.named_parameters()]
-    inputs = [x, *attention.parameters()]
-    for order in ('_forward_literal', '_forward_folded'):
 
-        class Order(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.attention = attention
+    def function(x, *weights):
+        return functional_call(attention, dict(zip(names, weights)), (x,))
 
-            def forward(self, x: Tensor, order=order) -> Tensor:
-                return getattr(self.attention, order)(x)
-
-        module = Order()
-
-        def function(x, *weights, module=module):
-            values = {f'attention.{name}': weight for name, weight in zip(names, weights)}
-            return functional_call(module, values, (x,))
-
-        values = [value.detach().requires_grad_() for value in inputs]
-        assert torch.autograd.gradcheck(function, values, fast_mode=True)
+    values = [value.detach().requires_grad_() for value in (x, *attention.parameters())]
+    assert torch.autograd.gradcheck(function, values, fast_mode=True)
 
 
 @st.composite
@@ -280,18 +262,23 @@ def test_encoding(encoding, shape, offset, training):
     """One convolution computes what the paper's branches do; gradients are those of differences."""
     batch, height, width = shape
     encoding.train(training)
-    x = torch.randn(batch, encoding.channels, height, width, dtype=torch.float64) + offset
-    if training and x.numel() == encoding.channels:
+    x = (
+        torch.randn(
+            batch, len(encoding.branches[0].conv.weight), height, width, dtype=torch.float64
+        )
+        + offset
+    )
+    if training and x.numel() == len(encoding.branches[0].conv.weight):
         with pytest.raises(ValueError, match='more than 1 value per channel'):
             encoding(x)
         return
     branches = [
         dict(
             kernel=branch.conv.weight.detach().numpy()[:, 0],
-            gamma=branch.norm.weight.detach().numpy(),
-            beta=branch.norm.bias.detach().numpy(),
-            mean=branch.norm.running_mean.numpy().copy(),
-            var=branch.norm.running_var.numpy().copy(),
+            gamma=branch.bn.weight.detach().numpy(),
+            beta=branch.bn.bias.detach().numpy(),
+            mean=branch.bn.running_mean.numpy().copy(),
+            var=branch.bn.running_var.numpy().copy(),
         )
         for branch in encoding.branches
     ]
@@ -299,8 +286,8 @@ def test_encoding(encoding, shape, offset, training):
     tolerance = 1e-9 * max(1.0, float(expected.abs().max()), abs(offset))
     with torch.no_grad():
         assert_close(encoding(x), expected, rtol=0, atol=tolerance)
-        naive = copy.deepcopy(encoding)._forward_branches(x)
-        assert_close(naive, expected, rtol=0, atol=tolerance)
+        with literal():
+            assert_close(encoding(x), expected, rtol=0, atol=tolerance)
 
     names = [name for name, _ in encoding.named_parameters()]
 
@@ -316,6 +303,7 @@ def test_encoding(encoding, shape, offset, training):
 )
 def test_no_images_give_no_maps(model, size, batch):
     """In evaluation an empty batch has empty maps of the documented sizes, also when deployed."""
+    size = [max(pixels, model.min_size) for pixels in size]
     images = torch.zeros(0, model.patch_embed.conv.in_channels, *size)
     model.eval()
     if batch:
@@ -401,6 +389,7 @@ ALLOWED = dict(
     mask_padding=is_flag,
     with_cp=is_flag,
     deploy=is_flag,
+    fast=lambda value: value is None or is_flag(value),
     embed_dims=lambda value: type(value) is int and value > 0 and value % 2 == 0,
     depths=is_integer(0),
     num_heads=lambda value: type(value) is int and value in (1, 2, 4, 8),

@@ -36,7 +36,7 @@ def run_python(code):
 def test_each_toolbox_finds_linglo(toolbox, config):
     imported = config is WITH_CUSTOM_IMPORTS
     result = run_python(config + BUILD.format(toolbox=toolbox, imported=imported))
-    assert result.stdout.splitlines()[-1:] == ['mmlinglo.models.backbones.linglo'], result.stderr
+    assert result.stdout.splitlines()[-1:] == ['mmlinglo.models.linglo'], result.stderr
 
 
 def test_import_needs_no_toolbox_and_no_compiled_operators():

@@ -1,17 +1,15 @@
-# To be sourced by the scripts beside it. Sets what stack.sh sets, and PYTHON: as given, else the stack's environment's,
-# else `python`.
+# To be sourced by the scripts beside it. Sets what stack.sh sets, and PYTHON: as given, else that of the environment
+# which setup_env.sh made, else `python`.
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 if [ -z "${PYTHON:-}" ]; then
+    if [ -e "$VENV/.mmlinglo-unfinished" ]; then
+        echo "error: $VENV is not complete. Run 'bash tools/setup_env.sh', or name another Python with PYTHON=..." >&2
+        exit 1
+    fi
     PYTHON=python
     if [ -x "$VENV/bin/python" ]; then PYTHON=$VENV/bin/python; fi
 fi
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-
-# The comment at the top of the script, then exit status 2.
-usage() {
-    sed -n '2,/^set /s/^# //p' "$0" >&2
-    exit 2
-}
 
 # dist_launch GPUS SCRIPT ARGUMENTS...: this node's processes, by torchrun.
 dist_launch() {

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # bash tools/quickstart.sh [detection|segmentation|classification]
 # Sets the environment up if need be, makes a small synthetic data set, trains LinGlo-b0 on it, evaluates it and draws
-# its predictions on unseen pictures. Everything ends up in data/shapes/ and work_dirs/quickstart-<task>/.
+# its predictions on unseen pictures. Everything ends up in data/shapes/ and work_dirs/quickstart-<task>/, or in
+# work_dirs/quickstart-<task>-2/ and so on if there is one already.
+# Variables: PYTHON uses another Python than .venv's and sets nothing up; those of tools/setup_env.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/stack.sh
+[ $# -le 1 ] || usage
 TASK=${1:-detection}
 case $TASK in
 detection)
@@ -22,11 +26,14 @@ classification)
     DATA='ImageNet in data/imagenet'
     ;;
 *)
-    sed -n '2,/^set /s/^# //p' "$0" >&2
-    exit 2
+    usage
     ;;
 esac
 WORK_DIR=work_dirs/quickstart-$TASK
+for ((i = 2; ; i++)); do # somebody may have gone on with an earlier training
+    [ -e "$WORK_DIR" ] || break
+    WORK_DIR=work_dirs/quickstart-$TASK-$i
+done
 
 say() { echo "[quickstart] $*"; }
 
@@ -38,7 +45,6 @@ start=$SECONDS
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus > 0 ? gpus : 2))
 say "training $CONFIG in $processes processes on $([ "$gpus" -gt 0 ] && echo "$gpus GPUs" || echo 'the CPU')"
-rm -rf "$WORK_DIR"
 bash tools/dist_train.sh "$CONFIG" "$processes" --work-dir "$WORK_DIR"
 CHECKPOINT=$(cat "$WORK_DIR/last_checkpoint")
 

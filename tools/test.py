@@ -3,7 +3,7 @@
 
 import argparse
 import os.path as osp
-from typing import Any
+from typing import Any, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
@@ -11,6 +11,8 @@ from mmengine.runner import Runner
 
 from mmlinglo.utils import load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, load_runner_config, run, runner_parser
+
+LABEL_WRITERS = ('IoUMetric', 'CityscapesMetric')  # metrics of mmseg that take output_dir
 
 
 class StrictRunner(Runner):
@@ -26,7 +28,7 @@ class StrictRunner(Runner):
         return self.checkpoint
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = runner_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -37,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
@@ -58,20 +60,39 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def save_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Add what writes ``--out``: mmseg's metric itself, a metric of its own in the other toolboxes."""
+    """Add what writes ``--out``: mmseg's metric itself, a metric of its own in the other toolboxes.
+
+    Raises:
+        UsageError: If ``--out`` is of the wrong kind, or no metric writes label images.
+    """
     to_folder = cfg.default_scope == 'mmseg'
     if args.out.endswith(('.pkl', '.pickle')) == to_folder:
         expected = 'a folder' if to_folder else 'a .pkl file'
         raise UsageError(f'--out must be {expected} for this config, got {args.out!r}')
+    evaluators = cfg.get('test_evaluator') or []
+    evaluators = [evaluators] if isinstance(evaluators, dict) else list(evaluators)
     if to_folder:
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        writers = [each for each in evaluators if kind_of(each) in LABEL_WRITERS]
+        if not writers:
+            raise UsageError(
+                f'--out needs one of {", ".join(LABEL_WRITERS)} in test_evaluator, '
+                f'{args.config} has {", ".join(map(kind_of, evaluators)) or "none"}'
+            )
+        writers[0].update(output_dir=args.out, keep_results=True)
     else:
         dump = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
-        cfg.test_evaluator = [cfg.test_evaluator, dict(type=dump, out_file_path=args.out)]
+        evaluators.append(dict(type=dump, out_file_path=args.out))
+    cfg.test_evaluator = evaluators
 
 
-def main() -> None:
-    args = parse_args()
+def kind_of(evaluator: dict) -> str:
+    """Name of the class, which configs of pure Python have as such."""
+    kind = evaluator['type']
+    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parse_args(argv)
     cfg = load_runner_config(args)
     if args.show or args.show_dir is not None:
         enable_visualization(cfg, args)
@@ -82,6 +103,7 @@ def main() -> None:
     runner = StrictRunner.from_cfg(cfg)
     runner.checkpoint = checkpoint
     runner.test()
+    return 0
 
 
 if __name__ == '__main__':

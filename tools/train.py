@@ -2,15 +2,15 @@
 """Train a classifier, detector or segmentor."""
 
 import argparse
+from typing import Optional, Sequence
 
 import torch
-from mmengine.runner import Runner
 
-from mmlinglo.engine import end_with_torchrun
+from mmlinglo.engine import TrainingRunner, end_with_torchrun
 from mmlinglo.utils.cli import UsageError, load_runner_config, run, runner_parser
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = runner_parser(__doc__)
     parser.add_argument(
         '--resume',
@@ -22,13 +22,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate by the actual batch size over auto_scale_lr.base_batch_size',
+        help='scale the learning rate by the actual batch size of an optimizer step, over all '
+        'processes and accumulated batches, relative to auto_scale_lr.base_batch_size',
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parse_args(argv)
     end_with_torchrun()
     cfg = load_runner_config(args)
     if args.amp:
@@ -45,7 +46,8 @@ def main() -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    Runner.from_cfg(cfg).train()
+    TrainingRunner.from_cfg(cfg).train()
+    return 0
 
 
 if __name__ == '__main__':

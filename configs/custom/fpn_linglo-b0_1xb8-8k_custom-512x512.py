@@ -77,10 +77,13 @@ optim_wrapper = dict(
     optimizer=dict(lr=1e-3 if pretrained is None else 1e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2),
 )
+interval = max(1, max_iters // 10)  # of checkpoints and validations
+warm_up = min(100, interval)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=100, end=max_iters, by_epoch=False),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
+    # without `end`, until the last iteration
+    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=warm_up, by_epoch=False),
 ]
-train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 10)
-default_hooks = dict(checkpoint=dict(interval=max_iters // 10))
+train_cfg = dict(max_iters=max_iters, val_interval=interval)
+default_hooks = dict(logger=dict(interval=min(50, interval)), checkpoint=dict(interval=interval))
 auto_scale_lr = dict(base_batch_size=batch_size)

@@ -13,7 +13,7 @@ classes = sorted(['cat', 'dog'])  # names of the folders; labels follow them in 
 # ---- to be set if need be
 pretrained = None  # checkpoint of a LinGlo-b0 of any task; None trains from scratch
 img_size = 224  # pixels
-batch_size = 64
+batch_size = 64  # at most the number of training pictures; a last batch with fewer is left out
 max_epochs = 100
 
 # ---- follows from the above
@@ -48,7 +48,7 @@ dataset = dict(type='CustomDataset', data_root=data_root, metainfo=dict(classes=
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=4,
-    drop_last=False,  # it would leave nothing of fewer pictures than batch_size
+    drop_last=True,  # batch normalization cannot train on a last batch of a single small picture
     sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True),
     dataset=dict(dataset, _delete_=True, data_prefix='train', pipeline=train_pipeline),
 )

@@ -64,9 +64,11 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=10, norm_type=2)
 )
+warm_up = min(20, max(1, max_iters // 10))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
-    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=20, end=max_iters, by_epoch=False),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
+    # without `end`, until the last iteration
+    dict(type='PolyLR', power=0.9, eta_min=0.0, begin=warm_up, by_epoch=False),
 ]
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=max_iters))

@@ -1,8 +1,8 @@
-"""The quickstart's small detector on real pictures: blood cells (BCCD, 292 pictures), in COCO format under `data_root`.
+"""The quickstart's small detector on real images: blood cells (BCCD, 292 images), in COCO format under `data_root`.
 
-    bash tools/dist_train.sh THIS_FILE 2
+bash tools/dist_train.sh configs/quickstart/retinanet_linglo-b0_fpn_2xb4-20e_bccd-320x240.py 2
 
-For data of your own copy configs/custom/retinanet_linglo-b0_fpn_1xb8-50e_custom.py instead: docs/custom_dataset.md.
+For your own data, copy configs/custom/retinanet_linglo-b0_fpn_1xb8-50e_custom.py instead: see docs/custom_dataset.md.
 """
 
 _base_ = './retinanet_linglo-b0_fpn_2xb4-3e_shapes.py'

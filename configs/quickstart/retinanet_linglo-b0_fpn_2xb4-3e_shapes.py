@@ -1,8 +1,8 @@
 """A small RetinaNet with LinGlo-b0 that learns in minutes on two CPU cores, from scratch, on synthetic shapes.
 
-    bash tools/quickstart.sh detection
+bash tools/quickstart.sh detection
 
-For one's own COCO-format data inherit from it, as retinanet_linglo-b0_fpn_2xb4-20e_bccd-320x240.py does.
+For your own data in COCO format, inherit from it, as retinanet_linglo-b0_fpn_2xb4-20e_bccd-320x240.py does.
 """
 
 _base_ = [

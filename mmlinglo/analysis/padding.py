@@ -1,7 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """What the padding of a batch does to an image's features, and what it costs to keep it from doing so."""
 
-import statistics
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
@@ -9,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmlinglo import LinGlo
-from mmlinglo.analysis.backbones import BACKBONES, build_backbone
-from mmlinglo.analysis.timing import Timing, measure
+from mmlinglo.analysis.benchmark import time_steps
+from mmlinglo.analysis.peers import PEERS, build_backbone
 
 MASKED = 'linglo_b0_mask_padding'
-LABELS = {
-    'linglo_b0': BACKBONES['linglo_b0'].label,
-    'pvt_v2_b0': BACKBONES['pvt_v2_b0'].label,
+LABELS: Dict[str, str] = {
+    **{name: PEERS[name].label for name in ('linglo_b0', 'pvt_v2_b0')},
     MASKED: 'LinGlo-b0, mask_padding',
 }
 """What is compared, and how it is called in tables."""
@@ -24,9 +22,9 @@ LABELS = {
 def build(name: str, seed: int) -> nn.Module:
     """A backbone of :data:`LABELS` in evaluation mode with random weights of a seed."""
     torch.manual_seed(seed)
-    if name != MASKED:
+    if 'linglo' not in name:
         return build_backbone(name, (320, 320), maps=True)
-    return LinGlo('b0', mask_padding=True).eval()
+    return LinGlo('b0', mask_padding=name == MASKED).eval()
 
 
 @torch.inference_mode()
@@ -52,7 +50,7 @@ def feature_shift(model: nn.Module, image: Tensor, padding: int) -> float:
         raise ValueError(f'padding must be at least 0 pixels, got {padding}')
     half = width // 64  # columns of stride 32
     alone, padded = (
-        _last_map(model, F.pad(image[None], (0, pixels)), [(height, width)])[..., :half]
+        _maps(model, F.pad(image[None], (0, pixels)), [(height, width)])[-1][..., :half]
         for pixels in (0, padding)
     )
     return float((padded - alone).norm() / alone.norm())
@@ -85,7 +83,7 @@ def measure_shifts(
             yield dict(
                 backbone=name,
                 padding=padding,
-                shift=statistics.fmean(shifts),
+                shift=sum(shifts) / len(shifts),
                 shift_min=min(shifts),
                 shift_max=max(shifts),
             )
@@ -108,8 +106,6 @@ def measure_cost(
     Raises:
         ValueError: If ``rounds`` is below 2.
     """
-    if rounds < 2:
-        raise ValueError(f'rounds must be at least 2, got {rounds}')
     height, width = (-(-max(size[i] for size in sizes) // 32) * 32 for i in range(2))
     images = torch.randn(len(sizes), 3, height, width, device=device)
     rows = []
@@ -118,8 +114,7 @@ def measure_cost(
             name: _step(name, images, sizes, training=work == 'training step', device=device)
             for name in ('linglo_b0', MASKED)
         }
-        times: Dict[str, Timing] = measure(steps, device, rounds=rounds, warmup=1)
-        plain, masked = (1e3 * times[name].median for name in steps)
+        plain, masked = (time for _, time, _ in time_steps(steps, rounds, warmup=1).values())
         rows.append(dict(work=work, plain_ms=plain, masked_ms=masked, ratio=masked / plain))
     return rows
 
@@ -134,14 +129,16 @@ def _step(
 
     @torch.inference_mode()
     def infer() -> None:
-        model(images, sizes)
+        _maps(model, images, sizes)
 
     def train() -> None:
         model.zero_grad()
-        sum(m.sum() for m in model(images, sizes)).backward()
+        sum(m.sum() for m in _maps(model, images, sizes)).backward()
 
     return train if training else infer
 
 
-def _last_map(model: nn.Module, images: Tensor, sizes: Sequence[Tuple[int, int]]) -> Tensor:
-    return (model(images, sizes) if isinstance(model, LinGlo) else model(images))[-1]
+def _maps(model: nn.Module, images: Tensor, sizes: Sequence[Tuple[int, int]]) -> List[Tensor]:
+    """Feature maps; LinGlo is told the images' sizes."""
+    is_linglo = isinstance(model, LinGlo)
+    return list(model(images, sizes) if is_linglo else model(images))

@@ -1,15 +1,204 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""The paper's tables 2-4: their numbers, and their backbones as the toolboxes provide them."""
+"""Backbones to compare with: what was published about them, how to build them, and the paper's tables."""
 
 import copy
-from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
+import torch
 from mmengine.config import Config
-from torch import nn
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmlinglo import LinGlo
 from mmlinglo.analysis.complexity import count_forms
 from mmlinglo.utils.deploy import build_model
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A backbone and its published accuracy.
+
+    Attributes:
+        label: Its name in tables and figures.
+        top1: Published ImageNet-1K top-1 accuracy in percent; None if there is none.
+        source: Where it was published, and what should be known about it.
+        distilled: Whether it was trained with a teacher, which lifts the accuracy.
+        fused: Whether its form for inference differs from the trained one.
+        has_maps: Whether it gives four feature maps of strides 4, 8, 16 and 32.
+        image_size: Whether timm builds it for one size of images.
+        options: Arguments for four maps of ``timm.create_model``; of a model that timm has not, its config.
+    """
+
+    label: str
+    top1: Optional[float]
+    source: str
+    distilled: bool = False
+    fused: bool = False
+    has_maps: bool = True
+    image_size: bool = False
+    options: dict = field(default_factory=dict)
+
+
+CLAIM = "LinGlo paper (arXiv 2207.00188), Table 2: its authors' claim, not reproduced here"
+CITED = 'as cited by the LinGlo paper, Table 2'
+TABLE = "{}; table of the authors' code, github.com/{}"
+PVT_V2 = TABLE.format('PVT v2 (arXiv 2106.13797)', 'whai362/PVT')
+SWIFT = TABLE.format('SwiftFormer (arXiv 2303.15446)', 'Amshaker/SwiftFormer')
+FASTVIT = TABLE.format('FastViT (arXiv 2303.14189)', 'apple/ml-fastvit') + (
+    ', without distillation; trained and tested at 256 x 256'
+)
+POOLFORMER = TABLE.format('PoolFormer (arXiv 2111.11418)', 'sail-sg/poolformer')
+EFFICIENT = TABLE.format('EfficientFormerV2 (arXiv 2212.08059)', 'snap-research/EfficientFormer')
+REPVIT = TABLE.format('RepViT (arXiv 2307.09283)', 'THU-MIG/RepViT') + ', 300 epochs'
+RESNET = 'torchvision, weights IMAGENET1K_V1 (90 epochs)'
+CONVNEXT = TABLE.format('ConvNeXt (arXiv 2201.03545)', 'facebookresearch/ConvNeXt')
+# The first of timm's five maps of a ResNet has stride 2.
+FROM_STRIDE_4 = dict(out_indices=(1, 2, 3, 4))
+
+
+def _efficient(size: str, top1: float) -> Peer:
+    label, source = f'EfficientFormerV2-{size}', f'{EFFICIENT}, 300 epochs'
+    return Peer(label, top1, source, distilled=True, fused=True, image_size=True)
+
+
+def _pvt(size: str, top1: Optional[float], depths: List[int]) -> Peer:
+    source = f'PVT (arXiv 2102.12122), {CITED}' if top1 else 'PVT (arXiv 2102.12122)'
+    options = dict(type='mmdet.PyramidVisionTransformer', num_layers=depths)
+    return Peer(f'PVT-{size}', top1, source, options=options)
+
+
+# By timm's names, where timm has them.
+PEERS: Dict[str, Peer] = {
+    'linglo_b0': Peer('LinGlo-b0', 72.5, CLAIM, fused=True),
+    'linglo_b1': Peer('LinGlo-b1', 79.7, CLAIM, fused=True),
+    'linglo_b2': Peer('LinGlo-b2', 82.7, CLAIM, fused=True),
+    'pvt_v2_b0': Peer('PVTv2-B0', 70.5, PVT_V2),
+    'pvt_v2_b1': Peer('PVTv2-B1', 78.7, PVT_V2),
+    'pvt_v2_b2': Peer('PVTv2-B2', 82.0, PVT_V2),
+    'swiftformer_xs': Peer('SwiftFormer-XS', 75.7, SWIFT, distilled=True, fused=True),
+    'swiftformer_s': Peer('SwiftFormer-S', 78.5, SWIFT, distilled=True, fused=True),
+    'swiftformer_l1': Peer('SwiftFormer-L1', 80.9, SWIFT, distilled=True, fused=True),
+    'fastvit_t8': Peer('FastViT-T8 (at 256)', 76.2, FASTVIT, fused=True),
+    'fastvit_sa12': Peer('FastViT-SA12 (at 256)', 80.9, FASTVIT, fused=True),
+    'poolformer_s12': Peer('PoolFormer-S12', 77.2, POOLFORMER),
+    'efficientformerv2_s0': _efficient('S0', 75.7),
+    'efficientformerv2_s1': _efficient('S1', 79.0),
+    'efficientformerv2_s2': _efficient('S2', 81.6),
+    'repvit_m0_9': Peer('RepViT-M0.9', 78.7, REPVIT, distilled=True, fused=True),
+    'repvit_m1_1': Peer('RepViT-M1.1', 80.7, REPVIT, distilled=True, fused=True),
+    'resnet18': Peer('ResNet18', 69.758, RESNET, fused=True, options=FROM_STRIDE_4),
+    'resnet50': Peer('ResNet50', 76.13, RESNET, fused=True, options=FROM_STRIDE_4),
+    'swin_tiny_patch4_window7_224': Peer(
+        'Swin-T', 81.3, f'Swin Transformer (arXiv 2103.14030), {CITED}', image_size=True
+    ),
+    'convnext_tiny': Peer('ConvNeXt-T', 82.1, CONVNEXT),
+    'pvt_tiny': _pvt('Tiny', 75.1, [2, 2, 2, 2]),
+    'pvt_small': _pvt('Small', None, [3, 4, 6, 3]),
+    'twins_pcpvt_small': Peer('Twins-PCPVT-S', None, 'Twins (arXiv 2104.13840)'),
+    'twins_svt_small': Peer('Twins-SVT-S', 81.3, f'Twins (arXiv 2104.13840), {CITED}'),
+    'deit_tiny_patch16_224': Peer('DeiT-Tiny/16', 72.2, CITED, has_maps=False, image_size=True),
+    'deit_small_patch16_224': Peer('DeiT-Small/16', 79.9, CITED, has_maps=False, image_size=True),
+    'tnt_s_legacy_patch16_224': Peer('TNT-S', 81.3, CITED, has_maps=False, image_size=True),
+    'coatnet_0_224': Peer('CoAtNet-0', 81.6, CITED, fused=True, has_maps=False, image_size=True),
+}
+DOT_PRODUCT = {
+    f'linglo_{arch}_dot_product{suffix}': Peer(
+        f'LinGlo-{arch} with dot-product attention{label}', None, 'LinGlo paper, Fig. 4', fused=True
+    )
+    for arch in ('b0', 'b1', 'b2')
+    for suffix, label in (('', ''), ('_materialised', ', N x N matrix in memory'))
+}
+"""The comparison of the paper's Fig. 4.
+
+PyTorch's ``scaled_dot_product_attention`` chooses a kernel that works in blocks and never has the N x N
+matrix of all pairs in memory, as the implementations of 2022 had and the paper's memory curve shows.
+``_materialised`` takes the kernel with the matrix.
+"""
+ALL: Dict[str, Peer] = {**PEERS, **DOT_PRODUCT}
+
+
+class Plain(nn.Module):
+    """A backbone that timm has not: as four maps, or with timm's global pooling of the last."""
+
+    def __init__(self, backbone: nn.Module, maps: bool, materialised: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.maps, self.materialised = backbone, maps, materialised
+
+    def forward(self, x: Tensor) -> Union[Tensor, List[Tensor]]:
+        """Map images (B, 3, H, W) to four maps or features (B, C)."""
+        with sdpa_kernel(SDPBackend.MATH) if self.materialised else nullcontext():
+            maps = self.backbone(x)
+        return list(maps) if self.maps else maps[-1].mean((2, 3))
+
+
+def build_backbone(
+    name: str, shape: Tuple[int, int], maps: bool = False, fused: bool = False
+) -> nn.Module:
+    """Build a backbone with random weights, in evaluation mode; nothing is downloaded.
+
+    Args:
+        name: A key of :data:`ALL`.
+        shape: Height and width of the images in pixels.
+        maps: Whether it returns four feature maps rather than the pooled features of a classifier, (B, C).
+        fused: Whether to build the form for inference.
+
+    Raises:
+        ValueError: If the backbone is unknown, or has no fused form or no maps, if these are asked for.
+    """
+    if name not in ALL:
+        raise ValueError(f'no backbone {name!r}; there are {", ".join(ALL)}')
+    peer = ALL[name]
+    if fused and not peer.fused:
+        raise ValueError(f'{name!r} has nothing to fuse: build it with fused=False')
+    if maps and not peer.has_maps:
+        raise ValueError(f'{name!r} gives no four feature maps: leave it out, or use 224 x 224')
+    if name.startswith('linglo'):
+        attention = 'dot_product' if 'dot_product' in name else 'key_only'
+        indices = (0, 1, 2, 3) if maps else -1
+        model = LinGlo(name.split('_')[1], attention=attention, out_indices=indices).eval()
+        if fused:
+            model.switch_to_deploy()
+        return Plain(model, maps, name.endswith('_materialised'))
+    if 'type' in peer.options:
+        return Plain(MODELS.build(copy.deepcopy(peer.options)), maps).eval()
+    import timm
+
+    outputs = dict(features_only=True, **peer.options) if maps else dict(num_classes=0)
+    if peer.image_size:
+        outputs['img_size'] = shape
+    model = timm.create_model(name, pretrained=False, **outputs).eval()
+    return fuse(model) if fused else model
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> nn.Module:
+    """Fuse all that can be of a timm model, with the same outputs to rounding.
+
+    timm re-parameterises what it can; then each batch norm that follows a convolution is folded into it.
+
+    Args:
+        model: In evaluation mode; not to be used any more.
+    """
+    from timm.layers import BatchNormAct2d
+    from timm.utils.model import reparameterize_model
+    from torch.fx.experimental.optimization import fuse as fold_norms
+
+    model = reparameterize_model(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BatchNormAct2d):  # two modules, so that the norm is recognized
+            norm = nn.BatchNorm2d(module.num_features, module.eps).eval()
+            norm.load_state_dict(module.state_dict())
+            parent, _, child = name.rpartition('.')
+            split = nn.Sequential(norm, module.drop, module.act)
+            setattr(model.get_submodule(parent), child, split)
+        elif hasattr(module, 'get_attention_biases'):
+            # Kept from call to call, which a traced module would not do by itself.
+            biases = module.get_attention_biases(next(module.parameters()).device)
+            module.get_attention_biases = lambda _device, biases=biases: biases
+    return fold_norms(model)
 
 
 class Task(NamedTuple):
@@ -20,25 +209,25 @@ class Task(NamedTuple):
         config: This package's config, in which backbones are exchanged.
         shape: Height and width in pixels of the image for which operations are counted.
         columns: Keys of the paper's columns and their headings.
-        accuracy: Key of the column that is drawn.
-        paper: The paper's numbers by backbone, in the order of its table and columns.
+        accuracy: Key of the column that is drawn, and its name in the figure.
+        paper: The paper's numbers by backbone's label, in the order of its table and columns.
     """
 
     title: str
     config: str
     shape: Tuple[int, int]
     columns: Dict[str, str]
-    accuracy: str
+    accuracy: Tuple[str, str]
     paper: Dict[str, Tuple[float, ...]]
 
 
 TASKS = {
     'classification': Task(
-        title='ImageNet-1K classification (paper Table 2)',
+        title='ImageNet-1K Classification (Paper Table 2)',
         config='imagenet/linglo-b0_8xb128_in1k.py',
         shape=(224, 224),
         columns=dict(paper_params_m='Param(M)', paper_top1='Top-1 Acc(%)'),
-        accuracy='paper_top1',
+        accuracy=('paper_top1', 'Top-1 Accuracy (%)'),
         paper={
             'DeiT-Tiny/16': (5.7, 72.2),
             'LinGlo-b0': (3.4, 72.5),
@@ -58,7 +247,7 @@ TASKS = {
         },
     ),
     'detection': Task(
-        title='COCO, RetinaNet 1x (paper Table 3)',
+        title='COCO, RetinaNet 1x (Paper Table 3)',
         config='coco/retinanet_linglo-b0_fpn_1x_coco.py',
         shape=(800, 1344),  # 800 x 1333 as the data preprocessor pads it
         columns=dict(
@@ -70,7 +259,7 @@ TASKS = {
             paper_ap_m='APM',
             paper_ap_l='APL',
         ),
-        accuracy='paper_ap',
+        accuracy=('paper_ap', 'Box AP'),
         paper={
             'LinGlo-b0': (13.0, 38.0, 58.3, 40.2, 22.8, 41.2, 49.6),
             'ResNet18': (21.3, 31.8, 49.6, 33.6, 16.3, 34.3, 43.2),
@@ -85,11 +274,11 @@ TASKS = {
         },
     ),
     'segmentation': Task(
-        title='ADE20K, SemanticFPN 40k (paper Table 4)',
+        title='ADE20K, SemanticFPN 40k (Paper Table 4)',
         config='ade20k/fpn_linglo-b0_8xb4-40k_ade20k-512x512.py',
         shape=(512, 512),
         columns=dict(paper_params_m='Param(M)', paper_miou='mIoU(%)'),
-        accuracy='paper_miou',
+        accuracy=('paper_miou', 'mIoU (%)'),
         paper={
             'LinGlo-b0': (7.6, 37.3),
             'ResNet18': (15.5, 32.9),
@@ -106,209 +295,73 @@ TASKS = {
 }
 
 
-class Pyramid(NamedTuple):
-    """A backbone that gives a feature map for each of four stages.
-
-    Attributes:
-        config: Its config without ``out_indices``.
-        channels: Channels of the four maps.
-        indices: What ``out_indices`` calls the four stages.
-    """
-
-    config: dict
-    channels: Tuple[int, int, int, int]
-    indices: Tuple[int, int, int, int] = (0, 1, 2, 3)
-
-
-PYRAMIDS = {
-    'LinGlo-b0': Pyramid(dict(type='mmlinglo.LinGlo', arch='b0'), (32, 64, 160, 256)),
-    'LinGlo-b1': Pyramid(dict(type='mmlinglo.LinGlo', arch='b1'), (64, 128, 320, 512)),
-    'LinGlo-b2': Pyramid(dict(type='mmlinglo.LinGlo', arch='b2'), (64, 128, 320, 512)),
-    'ResNet18': Pyramid(dict(type='mmpretrain.ResNet', depth=18), (64, 128, 256, 512)),
-    'ResNet50': Pyramid(dict(type='mmpretrain.ResNet', depth=50), (256, 512, 1024, 2048)),
-    'PVT-Tiny': Pyramid(
-        dict(type='mmdet.PyramidVisionTransformer', num_layers=[2, 2, 2, 2]), (64, 128, 320, 512)
-    ),
-    'PVT-Small': Pyramid(
-        dict(type='mmdet.PyramidVisionTransformer', num_layers=[3, 4, 6, 3]), (64, 128, 320, 512)
-    ),
-    'Twins-PCPVT-S': Pyramid(
-        dict(
-            type='mmpretrain.PCPVT',
-            arch='small',
-            qkv_bias=True,
-            norm_after_stage=[False, False, False, True],
-        ),
-        (64, 128, 320, 512),
-    ),
-    'Twins-SVT-S': Pyramid(
-        dict(
-            type='mmpretrain.SVT',
-            arch='small',
-            qkv_bias=True,
-            norm_after_stage=[False, False, False, True],
-        ),
-        (64, 128, 256, 512),
-    ),
-    'Swin-T': Pyramid(dict(type='mmpretrain.SwinTransformer', arch='tiny'), (96, 192, 384, 768)),
-    'ConvNeXt-T': Pyramid(
-        dict(type='mmpretrain.ConvNeXt', arch='tiny', gap_before_final_norm=False),
-        (96, 192, 384, 768),
-    ),
-    'PVTv2-B0': Pyramid(
-        dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=32, num_layers=[2, 2, 2, 2]),
-        (32, 64, 160, 256),
-    ),
-    'PVTv2-B1': Pyramid(
-        dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=64, num_layers=[2, 2, 2, 2]),
-        (64, 128, 320, 512),
-    ),
-    'PVTv2-B2': Pyramid(
-        dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=64, num_layers=[3, 4, 6, 3]),
-        (64, 128, 320, 512),
-    ),
-    'PoolFormer-S12': Pyramid(
-        dict(type='mmpretrain.PoolFormer', arch='s12'), (64, 128, 320, 512), indices=(0, 2, 4, 6)
-    ),
-}
-
-
-def _token_classifier(backbone: dict, head: str, channels: int) -> dict:
-    head_cfg = dict(type=head, num_classes=1000, in_channels=channels)
-    return dict(type='ImageClassifier', backbone=backbone, head=head_cfg)
-
-
-CLASSIFIERS = {  # those that give no feature maps of four sizes
-    'DeiT-Tiny/16': _token_classifier(
-        dict(type='VisionTransformer', arch='deit-tiny', img_size=224, patch_size=16),
-        'VisionTransformerClsHead',
-        192,
-    ),
-    'DeiT-Small/16': _token_classifier(
-        dict(type='VisionTransformer', arch='deit-small', img_size=224, patch_size=16),
-        'VisionTransformerClsHead',
-        384,
-    ),
-    'TNT-S': _token_classifier(dict(type='TNT', arch='s', qkv_bias=False), 'LinearClsHead', 384),
-    'CoAtNet-0': dict(type='TimmClassifier', model_name='coatnet_0_224'),
-}
-
-
-def backbone_names(task: str) -> List[str]:
+def backbone_labels(task: str) -> List[str]:
     """Backbones of a task: the paper's table first, in its order, then the others that can be built."""
-    built = {**PYRAMIDS, **CLASSIFIERS} if task == 'classification' else PYRAMIDS
-    return list(dict.fromkeys([*TASKS[task].paper, *built]))
+    others = [peer.label for peer in PEERS.values() if peer.has_maps or task == 'classification']
+    return list(dict.fromkeys([*TASKS[task].paper, *others]))
 
 
-def build_with_backbone(cfg: Config, name: str) -> Optional[nn.Module]:
-    """Build the model of a config with another backbone, with random weights, in evaluation mode.
+def build_with_backbone(cfg: Config, label: str, shape: Tuple[int, int]) -> Optional[nn.Module]:
+    """Build the model of a task's config with another backbone; None if no package provides that one.
+
+    It has random weights, and is in evaluation mode. The neck takes the backbone's channels; a classifier
+    of timm comes whole.
 
     Args:
-        cfg: Config with LinGlo of one of :data:`TASKS`. Neck or head take
-            the backbone's channels; all else stays.
-        name: Backbone's name, from :func:`backbone_names`.
-
-    Returns:
-        The model; None if no toolbox provides that backbone.
+        cfg: Config with LinGlo of one of :data:`TASKS`.
+        label: Backbone's name, from :func:`backbone_labels`.
+        shape: Height and width of the images in pixels.
     """
-    cfg = copy.deepcopy(cfg)
-    if name in CLASSIFIERS:
-        cfg.model = CLASSIFIERS[name]
-    elif name in PYRAMIDS:
-        pyramid = PYRAMIDS[name]
-        stages = cfg.model.backbone.out_indices
-        cfg.model.backbone = dict(
-            **pyramid.config, out_indices=[pyramid.indices[i] for i in stages]
-        )
-        channels = [pyramid.channels[i] for i in stages]
-        if cfg.default_scope == 'mmpretrain':
-            cfg.model.head.in_channels = channels[0]
-            cfg.model.train_cfg = None  # the augmentations of batches
-        else:
-            cfg.model.neck.in_channels = channels
-    else:
+    name = next((name for name, peer in PEERS.items() if peer.label == label), None)
+    if name is None:
         return None
+    cfg, peer = copy.deepcopy(cfg), PEERS[name]
+    size = dict(img_size=shape) if peer.image_size else {}
+    is_classifier, from_timm = cfg.default_scope == 'mmpretrain', 'type' not in peer.options
+    if is_classifier and from_timm and not name.startswith('linglo'):
+        cfg.model = dict(type='TimmClassifier', model_name=name, pretrained=False, **size)
+        return build_model(cfg).eval()
+    stages = list(cfg.model.backbone.out_indices)
+    with torch.no_grad():
+        maps = build_backbone(name, (64, 64), maps=True)(torch.zeros(1, 3, 64, 64))
+    # Channels of maps at strides 4 to 32; some of timm's models have them last.
+    channels = [max(maps[i].shape[1], maps[i].shape[3]) for i in stages]
+    if name.startswith('linglo'):
+        backbone = dict(type='mmlinglo.LinGlo', arch=name.split('_')[1], out_indices=stages)
+    elif from_timm:
+        outputs = [peer.options.get('out_indices', range(4))[i] for i in stages]
+        backbone = dict(type='mmpretrain.TIMMBackbone', model_name=name, features_only=True)
+        backbone.update(pretrained=False, out_indices=outputs, **size)
+    else:
+        backbone = dict(**peer.options, out_indices=stages)
+    cfg.model.backbone = backbone
+    if is_classifier:
+        cfg.model.head.in_channels = channels[0]
+        cfg.model.train_cfg = None  # the augmentations of batches
+    else:
+        cfg.model.neck.in_channels = channels
     model = build_model(cfg).eval()
-    if name in PYRAMIDS:
-        # mmdet's PVTs return a list, which mmpretrain's necks refuse.
-        model.backbone.register_forward_hook(lambda _module, _inputs, maps: tuple(maps))
+
+    def channels_first(_module: nn.Module, _inputs: tuple, maps: List[Tensor]) -> Tuple:
+        pairs = zip(maps, channels)
+        return tuple(x if x.shape[1] == c else x.permute(0, 3, 1, 2) for x, c in pairs)
+
+    model.backbone.register_forward_hook(channels_first)
     return model
 
 
-def comparison_row(task: str, cfg: Config, name: str) -> dict:
-    """A backbone's line in the comparison of a task.
+def comparison_row(task: str, cfg: Config, label: str) -> dict:
+    """A backbone's line in the comparison of a task, with the units in the names.
 
-    Args:
-        task: Key of :data:`TASKS`.
-        cfg: The task's config.
-        name: Backbone's name, from :func:`backbone_names`.
-
-    Returns:
-        What was counted for one image (``params_m``, ``deployed_params_m`` in 10^6;
-        ``macs_g``, ``deployed_macs_g``, ``elementwise_g``, ``deployed_elementwise_g`` in
-        10^9) if a toolbox provides the backbone, and the paper's numbers (``paper_...``)
-        if it is in the paper's table.
+    What was counted for one image is there if a package provides the backbone, and the paper's numbers
+    (``paper_...``) if it is in the paper's table.
     """
-    row = dict(task=task, backbone=name)
-    model = build_with_backbone(cfg, name)
+    row = dict(task=task, backbone=label)
+    model = build_with_backbone(cfg, label, TASKS[task].shape)
     if model is not None:
-        for form, complexity in count_forms(model, TASKS[task].shape).items():
+        for form, found in count_forms(model, TASKS[task].shape).items():
             prefix = '' if form == 'training' else 'deployed_'
-            row[f'{prefix}params_m'] = complexity.params / 1e6
-            row[f'{prefix}macs_g'] = complexity.macs / 1e9
-            row[f'{prefix}elementwise_g'] = complexity.elementwise / 1e9
-    row.update(zip(TASKS[task].columns, TASKS[task].paper.get(name, ())))
+            row.update({f'{prefix}params_m': found.params / 1e6})
+            row.update({f'{prefix}macs_g': found.macs / 1e9})
+    row.update(zip(TASKS[task].columns, TASKS[task].paper.get(label, ())))
     return row
-
-
-def plot_comparison(rows: List[dict], out: Path) -> None:
-    """Draw the paper's accuracy against the multiply-adds counted, a panel for each task.
-
-    Backbones that lack either are left out.
-
-    Args:
-        rows: From :func:`comparison_row`.
-        out: PNG file to write; its folder must exist.
-    """
-    from matplotlib.figure import Figure
-
-    tasks = list(dict.fromkeys(row['task'] for row in rows))
-    figure = Figure(figsize=(1 + 5.5 * len(tasks), 6), layout='constrained')
-    for axes, name in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        task = TASKS[name]
-        points = [
-            (row['backbone'], row['deployed_macs_g'], row[task.accuracy])
-            for row in rows
-            if row['task'] == name and 'macs_g' in row and task.accuracy in row
-        ]
-        ours = sorted((x, y) for label, x, y in points if label.startswith('LinGlo'))
-        others = [(x, y) for _, x, y in points if (x, y) not in ours]
-        if ours:
-            axes.plot(*zip(*ours), 'o-', color='tab:red', label='LinGlo, deployed')
-        if others:
-            axes.plot(*zip(*others), 's', color='tab:gray', label='others')
-        xs = [x for _, x, _ in points]
-        reach = 0.35 * (max(xs, default=0) - min(xs, default=0))
-        for label, x, y in points:
-            crowded = any(x < x2 < x + reach and abs(y - y2) < 0.2 for _, x2, y2 in points)
-            offset, side = ((-6, 3), 'right') if crowded or (x, y) in ours else ((6, -3), 'left')
-            axes.annotate(
-                label,
-                (x, y),
-                offset,
-                textcoords='offset points',
-                ha=side,
-                fontsize='small',
-                bbox=dict(facecolor='white', edgecolor='none', alpha=0.8, pad=0.5),
-            )
-        axes.margins(x=0.32)
-        axes.set_title(task.title)
-        height, width = task.shape
-        axes.set_xlabel(f'multiply-adds counted, {height} x {width} pixels ($10^9$)')
-        axes.set_ylabel(f'{task.columns[task.accuracy]} that the paper reports')
-        axes.grid(alpha=0.3)
-        if points:
-            axes.legend(loc='lower right')
-        else:
-            axes.text(0.5, 0.5, 'no data', transform=axes.transAxes, ha='center')
-    figure.savefig(out, dpi=150)

@@ -1,9 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Results of measurements: where they come from, and how they are kept."""
 
-import csv
 import datetime
-import importlib
 import json
 import os
 import platform
@@ -19,7 +17,9 @@ import mmlinglo
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm')
 
 
-def provenance(device: Union[str, torch.device], dtype: torch.dtype, **more: Any) -> Dict[str, Any]:
+def provenance(
+    device: Union[str, torch.device], dtype: torch.dtype = torch.float32, **more: Any
+) -> Dict[str, Any]:
     """Everything that a figure depends on besides the code's arguments.
 
     Args:
@@ -28,15 +28,11 @@ def provenance(device: Union[str, torch.device], dtype: torch.dtype, **more: Any
         more: Further entries, such as the batch size.
 
     Returns:
-        Command, date, device, threads, data type, settings of glibc's malloc
-        (environment variables), versions of the packages imported so far, and
-        the git commit ('unknown' outside a checkout,
-        with '-dirty' when tracked files are changed).
+        Command, date, device, threads, data type, settings of glibc's malloc (environment variables),
+        versions of the packages imported so far, and the git commit ('unknown' outside a checkout, with
+        '-dirty' when tracked files are changed).
     """
-    versions = {'python': platform.python_version(), 'mmlinglo': mmlinglo.__version__}
-    for name in PACKAGES:
-        if name in sys.modules:
-            versions[name] = importlib.import_module(name).__version__
+    versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
     return dict(
         command=' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         date=datetime.date.today().isoformat(),
@@ -45,34 +41,27 @@ def provenance(device: Union[str, torch.device], dtype: torch.dtype, **more: Any
         dtype=str(dtype).removeprefix('torch.'),
         malloc={name: value for name, value in os.environ.items() if name.startswith('MALLOC_')},
         commit=git_commit(),
-        versions=versions,
+        versions=dict(python=platform.python_version(), mmlinglo=mmlinglo.__version__, **versions),
         **more,
     )
 
 
 def device_name(device: Union[str, torch.device]) -> str:
     """Model of a GPU, or of the CPU with the number of its cores."""
-    device = torch.device(device)
-    if device.type == 'cuda':
+    if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else model}, {os.cpu_count()} cores'
+    model = names[0] if names else platform.processor() or platform.machine()
+    return f'{model}, {os.cpu_count()} cores'
 
 
 def git_commit() -> str:
     """Commit of the checkout that this package is used from, or 'unknown'."""
+    command = 'git describe --always --dirty --abbrev=12 --exclude=*'.split()
     try:
-        done = subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         return 'unknown'
     return done.stdout.strip() if done.returncode == 0 else 'unknown'
@@ -86,28 +75,31 @@ def write_report(out: Union[str, Path], rows: List[dict], source: Dict[str, Any]
         rows: One dict a line; the CSV has all their keys as columns.
         source: From :func:`provenance`.
     """
+    import pandas as pd
+
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(provenance=source, rows=rows), indent=2, allow_nan=False)
     with_suffix(out, '.json').write_text(text + '\n')
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(with_suffix(out, '.csv'), 'w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows, dtype=object).to_csv(with_suffix(out, '.csv'), index=False)
 
 
-def with_suffix(out: Path, suffix: str) -> Path:
+def save_figure(figure: Any, out: Union[str, Path]) -> None:
+    """Write a figure of matplotlib as ``<out>.png``; folders are made."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(with_suffix(out, '.png'), dpi=150)
+
+
+def with_suffix(out: Union[str, Path], suffix: str) -> Path:
     """``out`` with ``suffix`` appended; dots in its name stay (unlike Path.with_suffix)."""
-    return out.with_name(out.name + suffix)
+    return Path(f'{out}{suffix}')
 
 
 def format_table(rows: List[dict], columns: Dict[str, str]) -> str:
     """A Markdown table.
 
     Args:
-        rows: One dict a line; a missing key or None gives an empty cell, a
-            float is printed with four digits.
+        rows: One dict a line; a missing key or None gives an empty cell, a float has four digits.
         columns: Key of each column and its heading.
     """
 
@@ -117,7 +109,7 @@ def format_table(rows: List[dict], columns: Dict[str, str]) -> str:
         return f'{value:.4g}' if isinstance(value, float) else str(value)
 
     body = [list(columns.values())] + [[cell(row.get(key)) for key in columns] for row in rows]
-    widths = [max(len(line[i]) for line in body) for i in range(len(columns))]
+    widths = [max(map(len, column)) for column in zip(*body)]
     lines = [
         '| ' + ' | '.join(text.ljust(width) for text, width in zip(line, widths)) + ' |'
         for line in body

@@ -14,8 +14,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmlinglo.models import LinGlo
-from mmlinglo.models.layers import KeyOnlyAttention
+from mmlinglo.models import KeyOnlyAttention, LinGlo
 from mmlinglo.utils.inference import UnreadableError, read_picture
 
 Block = Tuple[int, int]
@@ -92,8 +91,8 @@ def saliency_maps(
     Args:
         model: Classifier, detector or segmentor with a LinGlo backbone, or the
             backbone alone; in evaluation mode.
-        image: File, or pixels (H, W, 3) in BGR: they go through the config's test
-            pipeline and the whole model. Or a normalized image as a tensor
+        image: File, or pixels (H, W, in_channels), in BGR if three: they go through the config's
+            test pipeline and the whole model; a file through the config's own loader. Or a normalized image as a tensor
             (C, H, W), which goes through the backbone alone.
         cfg: Config of the experiment; None for the one that the toolboxes'
             ``init_detector``, ``init_model`` and ``get_model`` keep in the model.
@@ -106,19 +105,18 @@ def saliency_maps(
     """
     backbone = _find_backbone(model)
     attentions, skipped = _find_attentions(backbone)
+    channels = backbone.in_channels
     if isinstance(image, Tensor):
-        channels = backbone.patch_embed.conv.in_channels
         if image.dim() != 3 or len(image) != channels:
             raise ValueError(
                 f'a tensor must have the shape ({channels}, H, W), got {tuple(image.shape)}'
             )
-        grey = image.float().mean(dim=0, keepdim=True)
-        picture = _to_picture(grey, float(grey.min()), float(grey.max()))
+        picture = _to_picture(image.float().mean(dim=0, keepdim=True))
         with _record(backbone, attentions) as (shapes, results):
             backbone(image[None].to(backbone.patch_embed.conv.weight))
     else:
-        data = _preprocess(model, image, cfg)
-        picture = _to_picture(data['inputs'], 0, 255)
+        data = _preprocess(model, image, cfg, channels)
+        picture = _to_picture(data['inputs'])
         with _record(backbone, attentions) as (shapes, results):
             model.test_step(pseudo_collate([data]))
 
@@ -211,7 +209,7 @@ def _record(
 
 
 def _preprocess(
-    model: nn.Module, image: Union[str, Path, np.ndarray], cfg: Optional[Config]
+    model: nn.Module, image: Union[str, Path, np.ndarray], cfg: Optional[Config], channels: int
 ) -> dict:
     """Apply the config's test pipeline, without annotations."""
     if cfg is None:
@@ -224,30 +222,52 @@ def _preprocess(
     dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
     if 'pipeline' not in dataset:
         raise ValueError('the config has no test_dataloader.dataset.pipeline to prepare the image')
-    if not isinstance(image, np.ndarray):
-        try:
-            image = read_picture(Path(image))
-        except UnreadableError as error:
-            raise UnreadableError(f'{str(image)!r}: {error}') from error
-    elif image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f'an array must have the shape (H, W, 3), got {image.shape}')
-    # Images are read here as the inferencers do, and annotations are not needed.
-    transforms = [transform for transform in dataset['pipeline'] if not _loads(transform)]
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        prepare = Compose(transforms)
+        if not isinstance(image, np.ndarray):
+            image = _load(image, [step for step in dataset['pipeline'] if _loads_image(step)])
+        # Annotations are not needed.
+        others = [step for step in dataset['pipeline'] if not _name_of(step).startswith('Load')]
+        prepare = Compose(others)
+    # A loader may give one channel as (H, W).
+    if image.shape[2:] != (channels,) and not (channels == 1 and image.ndim == 2):
+        raise ValueError(
+            f'the picture must have the shape (H, W, {channels}), as the backbone has '
+            f'in_channels={channels}, got {image.shape}'
+        )
     shape = image.shape[:2]
     return prepare(dict(img=image, img_path=None, img_id=0, img_shape=shape, ori_shape=shape))
 
 
-def _loads(transform: dict) -> bool:
+def _load(path: Union[str, Path], loaders: List[dict]) -> np.ndarray:
+    """Read a picture as the inferencers do, or by the config's own loader if it is another one."""
+    usual = {'type', 'backend_args', 'file_client_args'}
+    try:
+        if all(_name_of(x) == 'LoadImageFromFile' and set(x) <= usual for x in loaders):
+            return read_picture(Path(path))
+        return Compose(loaders)(dict(img_path=str(path)))['img']
+    except UnreadableError as error:
+        raise UnreadableError(f'{str(path)!r}: {error}') from error
+    except Exception as error:  # each loader has its own kinds
+        raise UnreadableError(f'{str(path)!r}: {type(error).__name__}: {error}') from error
+
+
+def _name_of(transform: dict) -> str:
     kind = transform['type']  # a class in configs of pure Python
-    name = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
-    return name.startswith('LoadImage') or (name.startswith('Load') and 'Annotations' in name)
+    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
-def _to_picture(pixels: Tensor, low: float, high: float) -> np.ndarray:
-    """Map (C, H, W) in BGR, OpenMMLab's order, from [low, high] to (H, W, 3) in RGB."""
+def _loads_image(transform: dict) -> bool:
+    return _name_of(transform).startswith('Load') and 'Annotations' not in _name_of(transform)
+
+
+def _to_picture(pixels: Tensor) -> np.ndarray:
+    """Map (C, H, W) in BGR, OpenMMLab's order, to (H, W, 3) in RGB.
+
+    Three channels of bytes stay as they are; others become shades of grey, from the 2nd to the 98th percentile.
+    """
+    pixels = pixels.float()
     if len(pixels) != 3:
-        pixels = pixels.float().mean(dim=0, keepdim=True).expand(3, -1, -1)
-    scaled = (pixels.float() - low) / max(high - low, 1e-6)
-    return scaled.flip(0).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+        grey = pixels.mean(dim=0, keepdim=True).expand(3, -1, -1)
+        low, high = np.percentile(grey[0].cpu(), (2, 98))
+        pixels = (grey - low) / max(high - low, 1e-6) * 255
+    return pixels.flip(0).clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()

@@ -1,41 +1,22 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Sheets of the weights that key-only attention gives to the positions of a picture."""
 
+import math
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Optional, Sequence, Union
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from mmlinglo.utils.files import complete_file
 
 from .saliency import SaliencyMaps
 
-DPI = 120
-# Where the colours may end: at the first that is not below any weight on the sheet.
-LIMITS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0, 9.0, 16.0, 36.0, 64.0)
-# Lengths on the sheet in inches.
-CELL = 1.4  # width of a map
-GAP = 0.08
-MARGIN = 0.4
-HEADER = 1.1
-HEADING = 0.5
-CAPTION = 0.17  # below a map
-MIN_WIDTH = 8.0
-
-
-class Panel(NamedTuple):
-    """A stage on a sheet; ``rows`` has (columns, H, W) weights over their mean for each label."""
-
-    heading: str
-    columns: List[str]
-    rows: Dict[str, Tensor]
+COLUMNS = 6  # tiles in a row of the sheet at most
+TILE = 2.4  # width of a tile in inches
+COLOURS = 'inferno'
+SHARE = 0.65  # of the colour in a pixel; the rest is the picture
 
 
 def plot_saliency(
@@ -46,10 +27,11 @@ def plot_saliency(
     blocks: Optional[Sequence[int]] = None,
     mean_heads: bool = False,
 ) -> None:
-    """Draw the weights over the picture: a panel a stage with a row a block and a column a head.
+    """Draw the weights over the picture: a tile for the picture, and one for each stage, block and head.
 
-    Colours show a position's weight over the mean weight of its head, which is 1 / N
-    with N positions. All maps of a sheet share one logarithmic scale.
+    The colours of each tile go from the 2nd to the 98th percentile of its own weights, and are interpolated
+    between the positions. Above a tile stand its lowest and highest weight over the mean weight of its head,
+    which is 1 / N with N positions.
 
     Args:
         maps: What :func:`~mmlinglo.analysis.saliency_maps` returned.
@@ -57,108 +39,75 @@ def plot_saliency(
         title: First line of the sheet.
         stages: Numbers of the stages to draw, from 0; None for all.
         blocks: Numbers of their blocks to draw, from 0; None for all.
-        mean_heads: Whether to draw only the mean over the heads of each block,
-            with a column a block.
+        mean_heads: Whether to draw the mean over the heads of each block only.
 
     Raises:
         ValueError: If there is no such stage, or none of the stages has such a block.
     """
-    chosen: Dict[int, List[int]] = {}
-    for stage, block in maps.weights:
-        if (stages is None or stage in stages) and (blocks is None or block in blocks):
-            chosen.setdefault(stage, []).append(block)
-    known = {stage for stage, _ in maps.weights}
-    found = {block for numbers in chosen.values() for block in numbers}
+    chosen = [
+        (stage, block)
+        for stage, block in maps.weights
+        if (stages is None or stage in stages) and (blocks is None or block in blocks)
+    ]
+    known, found = {stage for stage, _ in maps.weights}, {block for _, block in chosen}
     if not chosen or not set(stages or ()) <= known or not set(blocks or ()) <= found:
         raise ValueError(
             f'stages={stages} with blocks={blocks} are not all there: there are weights of the '
             f'(stage, block) {", ".join(map(str, maps.weights))}'
         )
-    panels = [_make_panel(maps, stage, chosen[stage], mean_heads) for stage in chosen]
-    figure = _draw(panels, maps.picture, title)
+    tiles, notes = {}, {}
+    for stage, block in chosen:
+        weights = maps.weights[stage, block]
+        _, height, width = weights.shape
+        relative = (weights * height * width).numpy()
+        heads = {f'Head {number}': head for number, head in enumerate(relative)}
+        if mean_heads:
+            heads = {'Mean of Heads': relative.mean(axis=0)}
+        for name, values in heads.items():
+            tiles[f'Stage {stage}, Block {block}, {name}'] = (stage, values)
+        notes.setdefault(stage, [f'stage {stage}: {height} x {width} positions', 0.0])
+        notes[stage][1] = max(notes[stage][1], float(maps.padding_share(stage, block).max()))
+    lines = [
+        text + (f', at most {share:.1%} of the weight of a head on padding' if share else '')
+        for text, share in notes.values()
+    ]
+    figure = _draw(maps, tiles, f'{title}\n{"; ".join(lines)}')
     with complete_file(Path(out)) as file:
-        figure.savefig(file, dpi=DPI, format='png')
+        figure.savefig(file, dpi=110, format='png')
 
 
-def _make_panel(maps: SaliencyMaps, stage: int, blocks: List[int], mean_heads: bool) -> Panel:
-    num_heads, height, width = maps.weights[stage, blocks[0]].shape
-    heading = f'stage {stage}: {height} x {width} positions'
-    share = max(float(maps.padding_share(stage, block).max()) for block in blocks)
-    if share > 0:
-        heading += f', some on padding (at most {share:.1%} of the weight of a head)'
-    relative = {block: maps.on_picture(stage, block) * height * width for block in blocks}
-    if mean_heads:
-        means = torch.stack([weights.mean(dim=0) for weights in relative.values()])
-        return Panel(heading, [f'block {block}' for block in blocks], {'mean of heads': means})
-    return Panel(
-        heading,
-        [f'head {head}' for head in range(num_heads)],
-        {f'block {block}': weights for block, weights in relative.items()},
+def _draw(maps: SaliencyMaps, tiles: dict, title: str) -> Figure:
+    height, width = maps.picture.shape[:2]
+    number = len(tiles) + 1
+    # The number of columns that leaves fewest places empty, of 4, 5 and 6.
+    columns = min(range(COLUMNS, 3, -1), key=lambda c: -number % c) if number > COLUMNS else number
+    rows = math.ceil(number / columns)
+    size = (TILE * max(columns, 3), rows * (TILE * height / width + 0.5) + 1.1)
+    figure = Figure(figsize=size, layout='constrained')
+    figure.suptitle(title, fontsize=9, wrap=True)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    grid.flat[0].imshow(maps.picture)
+    grid.flat[0].set_title('Input', fontsize=9)
+    grey = maps.picture.mean(axis=2)
+    for axes, (name, (stage, values)) in zip(grid.flat[1:], tiles.items()):
+        axes.imshow(grey, 'gray', vmin=0, vmax=255)
+        stride, offset = maps.grids[stage]
+        # The outermost positions once more, for the pixels beyond their centres.
+        padded = np.pad(values, 1, mode='edge')
+        left = top = offset - 1.5 * stride
+        extent = (left, left + padded.shape[1] * stride, top + padded.shape[0] * stride, top)
+        low, high = np.percentile(values, (2, 98))
+        style = dict(interpolation='bilinear', alpha=SHARE, vmin=low, vmax=high)
+        axes.imshow(padded, COLOURS, extent=extent, **style)
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        axes.set_title(f'{name}\n{values.min():#.3g} to {values.max():#.3g}', fontsize=9)
+    bar = figure.colorbar(
+        ScalarMappable(cmap=COLOURS), ax=grid, location='bottom', shrink=0.5, aspect=40, pad=0.02
     )
-
-
-def _draw(panels: List[Panel], picture: np.ndarray, title: str) -> Figure:
-    largest = max(float(weights.max()) for panel in panels for weights in panel.rows.values())
-    limit = next((limit for limit in LIMITS if largest <= limit), LIMITS[-1])
-    colours = ScalarMappable(LogNorm(1 / limit, limit, clip=True), 'RdBu_r')
-    cell_height = CELL * picture.shape[0] / picture.shape[1]
-    # Twice the pixels of the sheet are enough.
-    scale = min(1.0, 2 * CELL * DPI / picture.shape[1])
-    size = [max(round(side * scale), 1) for side in picture.shape[:2]]
-    picture = _resize(torch.from_numpy(picture).permute(2, 0, 1) / 255, size).transpose(1, 2, 0)
-    shades = 0.6 + 0.4 * picture.mean(axis=2, keepdims=True)
-
-    num_columns = 1 + max(len(panel.columns) for panel in panels)
-    width = max(MARGIN + num_columns * (CELL + GAP) + GAP, MIN_WIDTH)
-    row_height = cell_height + CAPTION + GAP
-    height = HEADER + sum(HEADING + len(panel.rows) * row_height for panel in panels)
-    figure = Figure(figsize=(width, height))
-
-    def place(x: float, y: float, w: float, h: float) -> Axes:
-        axes = figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
-        axes.set(xticks=[], yticks=[])
-        return axes
-
-    def write(x: float, y: float, text: str, **kwargs: Any) -> None:
-        figure.text(x / width, 1 - y / height, text, va='center', **kwargs)
-
-    write(GAP, 0.2, title, fontsize=12, weight='bold')
-    bar = place(MARGIN, 0.45, 4, 0.15)
-    figure.colorbar(colours, cax=bar, orientation='horizontal', extend='both')
-    steps = [limit**0.5, limit]
-    bar.set_xticks(
-        [*(1 / step for step in steps), 1, *steps],
-        [*(f'1/{step:.4g}' for step in steps), '1', *(f'{step:.4g}' for step in steps)],
+    bar.set_ticks([0, 1], labels=['2nd Percentile', '98th Percentile'])
+    bar.set_label(
+        'Weight of a Position, over the Mean of Its Head; Scaled for Each Map', fontsize=9
     )
-    bar.minorticks_off()
-    write(
-        4.6,
-        0.6,
-        'weight of a position / mean weight of all positions of the head;\nbelow each map its lowest and highest value',
-        fontsize=9,
-    )
-
-    y = HEADER
-    for panel in panels:
-        write(GAP, y + 0.1, panel.heading, fontsize=10, weight='bold')
-        y += HEADING
-        x = MARGIN
-        place(x, y, CELL, cell_height).imshow(picture, aspect='auto')
-        write(x + CELL / 2, y - 0.1, 'input', fontsize=9, ha='center')
-        for column, label in enumerate(panel.columns, 1):
-            write(x + column * (CELL + GAP) + CELL / 2, y - 0.1, label, fontsize=9, ha='center')
-        for label, weights in panel.rows.items():
-            write(x - 0.15, y + cell_height / 2, label, fontsize=9, ha='center', rotation=90)
-            for column, (weight, shown) in enumerate(zip(weights, _resize(weights, size)), 1):
-                colour = colours.to_rgba(shown)[..., :3]
-                axes = place(x + column * (CELL + GAP), y, CELL, cell_height)
-                axes.imshow(colour * shades, aspect='auto')
-                x_centre = x + column * (CELL + GAP) + CELL / 2
-                caption = f'{float(weight.min()):#.3g} to {float(weight.max()):#.3g}'
-                write(x_centre, y + cell_height + CAPTION / 2, caption, fontsize=8, ha='center')
-            y += row_height
     return figure
-
-
-def _resize(maps: Tensor, size: List[int]) -> np.ndarray:
-    return F.interpolate(maps[None], size, mode='area')[0].numpy()

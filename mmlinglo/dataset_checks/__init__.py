@@ -2,6 +2,7 @@
 """What is wrong with the data of an experiment, before it is trained on."""
 
 from .check import check_datasets
-from .report import CHECKS, Finding, Report
+from .checks import CHECKS
+from .report import Finding, Report
 
 __all__ = ['CHECKS', 'Finding', 'Report', 'check_datasets']

@@ -1,288 +1,308 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Boxes in COCO format.
+"""Boxes and masks in COCO format.
 
-mmdet leaves out silently what it cannot use: boxes of categories that are not
-among the classes, and boxes without width, height or area or outside their
-picture. Its labels count the categories that are among the classes in the
-order of the file (``get_cat_ids`` of its COCO API), whatever the order of the
-classes.
+mmdet leaves out silently what it cannot use: boxes of categories that are not among the
+classes, and boxes without width, height or area or outside their picture. The COCO evaluation
+reads the file itself and counts those as missed. mmdet's labels count the categories that are
+among the classes in the order of the file (``get_cat_ids`` of its COCO API), whatever the order
+of the classes.
 """
 
 import difflib
-import json
-import math
 import os.path as osp
+import reprlib
 from collections import Counter
-from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List
 
+import numpy as np
 from mmengine.config import Config
 
+from . import coco
 from .pictures import Opener, Picture, check_pictures, loading, size
-from .report import Report
-from .splits import Split, first_line
+from .splits import Split, type_name
 
-NEEDED = dict(
-    images=('id', 'file_name', 'width', 'height'),
-    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
-    categories=('id', 'name'),
-)
+COUNTED = 100  # boxes per picture and class in the COCO evaluation's mAP
 
 
-def check(cfg: Config, splits: List[Split], report: Report, opener: Opener) -> None:  # noqa: ARG001
-    """Check data sets of mmdet.
+def check(cfg: Config, splits: List[Split], opener: Opener) -> None:
+    """Check data sets of mmdet."""
+    from mmdet.datasets import CocoDataset, CocoPanopticDataset
 
-    Args:
-        cfg: The experiment.
-        splits: Its data sets.
-        report: Findings go here.
-        opener: Opens pictures.
-    """
-    from mmdet.datasets import CocoDataset
-
-    categories: Dict[str, List[str]] = {}
+    names: Dict[str, List[str]] = {}
     for split in splits:
-        if not isinstance(split.dataset, CocoDataset):
-            check_others(split, report, opener)
+        dataset = split.dataset
+        if isinstance(dataset, CocoDataset) and not isinstance(dataset, CocoPanopticDataset):
+            check_coco(cfg, split, names, opener)
             continue
-        check_evaluators(split, report)
-        content = read_annotations(split, report)
-        if content is None:
-            continue
-        names = check_categories(split, content, report)
-        for other, theirs in categories.items():
-            if theirs != names and set(theirs) == set(names):
-                report.add(
-                    'categories-differ', split.name, f'{other}: {theirs}, {split.name}: {names}'
-                )
-        categories[split.name] = names
-        images = check_images(split, content, report)
-        check_annotations(split, content, images, report)
-        prefix = split.dataset.data_prefix['img']
-        if not osp.isdir(prefix):
-            report.add('folder-missing', split.name, prefix)
-            continue
-        decoding = loading(split)
-        pictures = {
-            osp.join(prefix, image['file_name']): (image['height'], image['width'])
-            for image in images.values()
-        }
-        check_pictures(
-            split,
-            [Picture(path, shape, **decoding) for path, shape in pictures.items()],
-            report,
-            opener,
-        )
+        split.add('dataset-unknown', type(dataset).__name__)
+        samples = split.load('dataset-unbuildable') or []
+        paths = [sample['img_path'] for sample in samples if 'img_path' in sample]
+        check_pictures(split, [Picture(path, **loading(split)) for path in paths], opener)
 
 
-def check_others(split: Split, report: Report, opener: Opener) -> None:
-    """Pictures of a data set whose annotations are in another format."""
-    report.add('dataset-unknown', split.name, type(split.dataset).__name__)
-    try:
-        samples = split.dataset.load_data_list()
-    except Exception as error:  # whatever it raises for missing or broken files
-        report.add('dataset-unbuildable', split.name, first_line(error))
-        return
-    split.num_samples = len(samples)
-    paths = [sample['img_path'] for sample in samples if 'img_path' in sample]
-    check_pictures(split, [Picture(path, **loading(split)) for path in paths], report, opener)
-
-
-def check_evaluators(split: Split, report: Report) -> None:
-    """The metric reads the annotations of the data set that is evaluated."""
-    for name, evaluator in split.evaluators:
-        path = evaluator.get('ann_file')
-        if path is not None and osp.realpath(path) != osp.realpath(split.dataset.ann_file):
-            place = f'{name}.ann_file = {path!r}, the data set reads {split.dataset.ann_file!r}'
-            report.add('evaluator-file', split.name, place)
-
-
-def read_annotations(split: Split, report: Report) -> Optional[Dict[str, List[dict]]]:
-    """The annotation file, without entries that lack needed keys; None if it cannot be read."""
-    path = split.dataset.ann_file
+def check_coco(cfg: Config, split: Split, names: Dict[str, List[str]], opener: Opener) -> None:
+    """Check a data set in COCO format; ``names`` has the categories of those before."""
+    path, evaluators = split.dataset.ann_file, split.evaluators
+    for name, evaluator in evaluators:
+        other = evaluator.get('ann_file')
+        if other is not None and osp.realpath(other) != osp.realpath(path):
+            split.add('evaluator-file', f'{name}.ann_file = {other!r}, the data set reads {path!r}')
     if not osp.isfile(path):
-        report.add('annotations-missing', split.name, path)
-        return None
+        split.add('annotations-missing', path)
+        return
+    unlabelled = bool(evaluators) and all(item.get('format_only') for _, item in evaluators)
     try:
-        content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        report.add('annotations-unreadable', split.name, f'{path}: {first_line(error)}')
-        return None
-    lacking = [
-        key
-        for key in NEEDED
-        if not (isinstance(content, dict) and isinstance(content.get(key), list))
-    ]
-    if lacking:
-        place = f'{path}: no list {" and no list ".join(repr(key) for key in lacking)}'
-        report.add('annotations-unreadable', split.name, place)
-        return None
-    complete = {}
-    for part, keys in NEEDED.items():
-        complete[part] = []
-        for i, entry in enumerate(content[part]):
-            missing = [key for key in keys if key not in entry]
-            if missing:
-                place = f'{path}: {part}[{i}] lacks {", ".join(missing)}'
-                report.add('annotation-incomplete', split.name, place)
-            else:
-                complete[part].append(entry)
-    # Read in evaluations only, where pycocotools raises KeyError.
-    if not split.training:
-        for entry in complete['annotations']:
-            if 'iscrowd' not in entry:
-                place = f'{path}: annotation {entry["id"]} lacks iscrowd'
-                report.add('annotation-incomplete', split.name, place)
-    return complete
+        content, problems = coco.read(path, ('annotations',) if unlabelled else ())
+    except coco.UnreadableError as error:
+        split.add('annotations-unreadable', str(error))
+        return
+    for key, place in problems:
+        split.add(key, place)
+    theirs = check_categories(split, content)
+    for other, categories in names.items():
+        if theirs != categories and set(theirs) == set(categories):
+            split.add('categories-differ', f'{other}: {categories}, {split.name}: {theirs}')
+    names[split.name] = theirs
+    images = check_images(split, content)
+    split.num_samples = len(images)
+    if content.annotations or not unlabelled:
+        Annotations(cfg, split, content, images).check()
+    prefix = split.prefix('img')
+    if prefix is not None and not osp.isdir(prefix):
+        split.add('folder-missing', prefix)
+    elif prefix is not None:
+        sizes = {osp.join(prefix, i.file_name): (i.height, i.width) for i in images.values()}
+        pictures = [Picture(path, shape, **loading(split)) for path, shape in sizes.items()]
+        check_pictures(split, pictures, opener)
 
 
-def check_categories(split: Split, content: dict, report: Report) -> List[str]:
+def check_categories(split: Split, content: coco.Coco) -> List[str]:
     """Categories against the classes of the config.
 
     Returns:
         Names of the categories in the order of the file, each once.
     """
     path, classes = split.dataset.ann_file, list(split.classes or [])
-    names = [category['name'] for category in content['categories']]
+    names = [category.name for category in content.categories]
     for key in ('id', 'name'):
-        for value in _repeated(category[key] for category in content['categories']):
-            report.add('category-duplicate', split.name, f'{path}: {key} {value!r}')
-    lowered = {str(name).strip().lower(): name for name in names}
+        for value in _repeated(getattr(category, key) for category in content.categories):
+            split.add('category-duplicate', f'{path}: {key} {value!r}')
+    lowered = {name.strip().lower(): name for name in names}
     for name in classes:
         if name not in names:
             close = difflib.get_close_matches(str(name).strip().lower(), lowered, n=1)
             hint = f' (did you mean {lowered[close[0]]!r}?)' if close else ''
-            report.add('class-missing', split.name, f'{path}: no category {name!r}{hint}')
-    counts = Counter(annotation['category_id'] for annotation in content['annotations'])
-    for category in content['categories']:
-        if category['name'] not in classes:
-            place = f'{path}: {category["name"]!r}, {counts[category["id"]]} boxes'
-            report.add('category-ignored', split.name, place)
-        elif split.training and not counts[category['id']]:
-            report.add('class-unseen', split.name, f'{path}: {category["name"]!r}')
+            split.add('class-missing', f'{path}: no category {name!r}{hint}')
+    counts = Counter(annotation.category_id for annotation in content.annotations)
+    for category in content.categories:
+        if category.name not in classes:
+            place = f'{path}: {category.name!r}, {counts[category.id]} boxes'
+            split.add('category-ignored', place)
     names = list(dict.fromkeys(names))
     used = [name for name in names if name in classes]
     if used != [name for name in classes if name in names]:
-        report.add('class-order', split.name, f'{path}: the file has {used}')
+        split.add('class-order', f'{path}: the file has {used}')
     return names
 
 
-def check_images(split: Split, content: dict, report: Report) -> Dict[Any, dict]:
+def check_images(split: Split, content: coco.Coco) -> Dict[coco.Id, coco.Image]:
     """Entries of `images` by their id."""
     path = split.dataset.ann_file
-    for value in _repeated(image['id'] for image in content['images']):
-        report.add('image-duplicate', split.name, f'{path}: id {value!r}')
-    for value in _repeated(image['file_name'] for image in content['images']):
-        report.add('file-duplicate', split.name, f'{path}: {value}')
-    if not content['images']:
-        report.add('pictures-none', split.name, f'{path}: `images` is empty')
-    return {image['id']: image for image in content['images']}
+    for value in _repeated(image.id for image in content.images):
+        split.add('image-duplicate', f'{path}: id {value!r}')
+    for value in _repeated(image.file_name for image in content.images):
+        split.add('file-duplicate', f'{path}: {value}')
+    if not content.images:
+        split.add('pictures-none', f'{path}: `images` is empty')
+    return {image.id: image for image in content.images}
 
 
-def check_annotations(split: Split, content: dict, images: Dict[Any, dict], report: Report) -> None:
-    """Boxes, and the pictures that are left to train or evaluate on."""
-    path, name = split.dataset.ann_file, split.name
-    categories = {category['id']: category['name'] for category in content['categories']}
-    with_masks = split.step('LoadAnnotations').get('with_mask', False)
-    for value in _repeated(annotation['id'] for annotation in content['annotations']):
-        report.add('annotation-duplicate', name, f'{path}: id {value!r}')
-    boxes: List[Tuple[str, Sequence[float], dict]] = []
-    annotated = set()
-    for annotation in content['annotations']:
-        place = f'{path}: annotation {annotation["id"]}'
-        image = images.get(annotation['image_id'])
-        if annotation['category_id'] not in categories:
-            place = f'{place}: category_id {annotation["category_id"]!r}'
-            report.add('annotation-category', name, place)
-            continue
-        if image is None:
-            report.add('annotation-image', name, f'{place}: image_id {annotation["image_id"]!r}')
-            continue
-        if categories[annotation['category_id']] in (split.classes or ()):
-            annotated.add(annotation['image_id'])
-        place = f'{place}, {image["file_name"]}'
-        box = annotation['bbox']
-        if not _is_box(box):
-            report.add('box-invalid', name, f'{place}: {box!r}')
-            continue
-        if min(box[2:]) <= 0 or annotation['area'] <= 0:
-            report.add('box-empty', name, f'{place}: {box}, area {annotation["area"]}')
-            continue
-        if with_masks and not annotation.get('segmentation'):
-            report.add('mask-missing', name, place)
-        boxes.append((f'{place}: {box}', box, image))
-    check_boxes(split, boxes, report)
-    _check_left(split, images, annotated, report)
-    report.datasets[name].update(
-        boxes=len(content['annotations']), classes=len(split.classes or ())
-    )
-
-
-def check_boxes(
-    split: Split, boxes: List[Tuple[str, Sequence[float], dict]], report: Report
-) -> None:
-    """Boxes against the sizes of their pictures.
+class Annotations:
+    """The annotations of a file against each other, its categories and its pictures.
 
     Args:
-        split: Data set of the boxes.
-        boxes: Place for the report, [x, y, width, height] in pixels, and the
-            entry of `images`.
-        report: Findings go here.
+        cfg: The experiment.
+        split: Data set of the annotations.
+        content: The file.
+        images: Its pictures by id.
     """
-    if not boxes:
-        return
-    if all(max(box) <= 1 for _, box, _ in boxes):
-        for place, _, _ in boxes:
-            report.add('box-relative', split.name, place)
-        return
-    outside, sticking, small, corners = [], [], [], 0
-    for place, (x, y, width, height), image in boxes:
-        place = f'{place}, picture {size((image["height"], image["width"]))}'
+
+    def __init__(
+        self, cfg: Config, split: Split, content: coco.Coco, images: Dict[coco.Id, coco.Image]
+    ) -> None:
+        self.cfg, self.split, self.content, self.images = cfg, split, content, images
+        self.path = split.dataset.ann_file
+        metrics = [
+            metric
+            for _, metric in split.evaluators
+            if type_name(metric['type']) == 'CocoMetric' and not metric.get('format_only')
+        ]
+        # Without ann_file, the metric writes a file of its own.
+        self.evaluated = any(metric.get('ann_file') for metric in metrics)
+        self.with_masks = split.step('LoadAnnotations').get('with_mask', False) or any(
+            'segm' in metric.get('metric', 'bbox') for metric in metrics
+        )
+        self.names = {category.id: category.name for category in content.categories}
+        # Annotations of a picture and a category of the file, and their boxes.
+        self.kept: List[coco.Annotation] = []
+        self.boxes = np.empty((0, 4))
+
+    def add(self, check: str, annotation: coco.Annotation, fact: str = '') -> None:
+        """Report a defect of an annotation."""
+        image = self.images.get(annotation.image_id)
+        place = f'{self.path}: annotation {annotation.id}' + (
+            f', {image.file_name}' if image else ''
+        )
+        self.split.add(check, place + (f': {fact}' if fact else ''))
+
+    def check(self) -> None:
+        """Report what is wrong with the annotations."""
+        annotations = self.content.annotations
+        for value in _repeated(annotation.id for annotation in annotations):
+            self.split.add('annotation-duplicate', f'{self.path}: id {value!r}')
+        for annotation in annotations:
+            if annotation.category_id not in self.names:
+                self.add(
+                    'annotation-category', annotation, f'category_id {annotation.category_id!r}'
+                )
+            elif annotation.image_id not in self.images:
+                self.add('annotation-image', annotation, f'image_id {annotation.image_id!r}')
+            else:
+                self.kept.append(annotation)
+        self.boxes = np.array([coco.box_of(a) for a in self.kept], float).reshape(-1, 4)
+        self.check_classes()
+        if self.evaluated:
+            self.check_evaluation()
+        self.check_boxes()
+        self.check_left()
+        self.split.count(boxes=len(annotations))
+
+    def check_classes(self) -> None:
+        """Each class has boxes that training or evaluation uses."""
+        split, annotations = self.split, self.content.annotations
+        total = Counter(a.category_id for a in annotations)
+        crowd = Counter(a.category_id for a in annotations if a.iscrowd)
+        ignored = Counter(a.category_id for a in annotations if a.ignore)
+        for key, name in self.names.items():
+            if name not in (split.classes or ()):
+                continue
+            place = f'{self.path}: {name!r}'
+            if ignored[key] and self.evaluated:
+                place += f', {ignored[key]} of {total[key]} boxes have `ignore`'
+                split.add('box-ignored', place)
+            elif crowd[key] and crowd[key] == total[key]:
+                split.add('crowd-only', f'{place}, all {total[key]} boxes')
+            elif split.training and ignored[key] == total[key]:
+                split.add('class-unseen', place)
+
+    def check_evaluation(self) -> None:
+        """What pycocotools needs beyond what training needs."""
+        for annotation in self.content.annotations:
+            if annotation.iscrowd is None:
+                place = f'{self.path}: annotation {annotation.id} lacks iscrowd'
+                self.split.add('annotation-incomplete', place)
+            if isinstance(annotation.id, str) or annotation.id == 0:
+                self.add('annotation-id', annotation, f'id {annotation.id!r}')
+        if not self.content.annotations:
+            self.split.add('no-samples', f'{self.path}: no boxes')
+        for part in ('images', 'categories'):
+            ids = [entry.id for entry in getattr(self.content, part)]
+            texts = [value for value in ids if isinstance(value, str)]
+            if 0 < len(texts) < len(ids):
+                place = f'{self.path}: {part}: {len(texts)} of {len(ids)} are text, as {texts[0]!r}'
+                self.split.add('ids-mixed', place)
+        test_cfg = self.cfg.model.get('test_cfg') or {}
+        most = (test_cfg.get('rcnn') or test_cfg).get('max_per_img')
+        found = [annotation for annotation in self.kept if not annotation.iscrowd]
+        per_class = Counter((a.image_id, self.names[a.category_id]) for a in found)
+        per_image = Counter((a.image_id, 'all classes') for a in found)
+        for counts, limit in ((per_class, COUNTED), (per_image, most)):
+            for (image_id, name), count in counts.items():
+                if isinstance(limit, int) and count > limit > 0:
+                    place = f'{self.path}: {self.images[image_id].file_name}'
+                    place += f': {count} boxes of {name}, {limit} are counted'
+                    self.split.add('boxes-many', place)
+
+    def check_boxes(self) -> None:
+        """Boxes against the sizes of their pictures, and masks."""
+        shapes = [
+            (self.images[a.image_id].width, self.images[a.image_id].height) for a in self.kept
+        ]
+        columns, rows = np.array(shapes, float).reshape(-1, 2).T
+        x, y, width, height = self.boxes.T
         right, bottom = x + width, y + height
-        if min(right, bottom) <= 0 or x >= image['width'] or y >= image['height']:
-            outside.append(place)
-        elif min(x, y) < -1 or right > image['width'] + 1 or bottom > image['height'] + 1:
-            sticking.append(place)
-        elif min(width, height) < 1:
-            small.append(place)
-        corners += x < width <= image['width'] + 1 and y < height <= image['height'] + 1
-    # As corners, all are valid; as [x, y, width, height], too many leave their pictures.
-    if corners == len(boxes) and len(outside) + len(sticking) > len(boxes) / 10:
-        for place in (*outside, *sticking):
-            report.add('box-corners', split.name, place)
-        return
-    for key, places in (
-        ('box-outside', outside),
-        ('box-sticks-out', sticking),
-        ('box-small', small),
-    ):
-        for place in places:
-            report.add(key, split.name, place)
+        area = np.array([annotation.area for annotation in self.kept])
+        finite = np.isfinite(self.boxes).all(1)
+        sound = finite & (width > 0) & (height > 0) & (area > 0)
+        self.add_boxes('box-invalid', ~finite)
+        self.add_boxes('box-empty', finite & ~sound)
+        if self.with_masks:
+            self.check_masks(sound)
+        if (self.boxes[sound] <= 1).all():
+            self.add_boxes('box-relative', sound)
+            return
+        outside = sound & ((right <= 0) | (bottom <= 0) | (x >= columns) | (y >= rows))
+        beyond = (x < -1) | (y < -1) | (right > columns + 1) | (bottom > rows + 1)
+        wrong = sound & (outside | beyond)
+        # As corners, all are valid; as [x, y, width, height], too many leave their pictures.
+        corners = (x < width) & (width <= columns + 1) & (y < height) & (height <= rows + 1)
+        if corners[sound].all() and wrong.sum() > sound.sum() / 10:
+            self.add_boxes('box-corners', wrong)
+            return
+        self.add_boxes('box-outside', outside)
+        self.add_boxes('box-sticks-out', wrong & ~outside)
+        self.add_boxes('box-small', sound & ~wrong & (np.minimum(width, height) < 1))
+        first: Dict[tuple, Any] = {}
+        for annotation, box in zip(self.kept, self.boxes.tolist()):
+            key = (annotation.image_id, annotation.category_id, *box)
+            other = first.setdefault(key, annotation)
+            if other is not annotation:
+                self.add(
+                    'box-duplicate', annotation, f'{annotation.bbox}, as annotation {other.id}'
+                )
 
+    def add_boxes(self, check: str, chosen: np.ndarray) -> None:
+        """Report those of the boxes that a mask chooses."""
+        for i in np.flatnonzero(chosen):
+            annotation = self.kept[i]
+            image = self.images[annotation.image_id]
+            facts = f'area {annotation.area:g}, picture {size((image.height, image.width))}'
+            self.add(check, annotation, f'{reprlib.repr(annotation.bbox)}, {facts}')
 
-def _check_left(split: Split, images: Dict[Any, dict], annotated: set, report: Report) -> None:
-    dataset = split.dataset
-    filters = {} if dataset.test_mode else dataset.filter_cfg or {}
-    min_size = filters.get('min_size', 0)
-    left = 0
-    for key, image in images.items():
-        too_small = min(image['width'], image['height']) < min_size
-        place = f'{dataset.ann_file}: {image["file_name"]}'
-        if too_small:
-            shape = size((image['height'], image['width']))
-            report.add('picture-filtered', split.name, f'{place}: {shape}, min_size {min_size}')
-        if key not in annotated:
-            report.add('boxes-none', split.name, place)
-        left += not too_small and (key in annotated or not filters.get('filter_empty_gt', False))
-    split.num_samples = left
+    def check_masks(self, chosen: np.ndarray) -> None:
+        """Segmentations of those annotations that a mask chooses."""
+        polygons_only = not self.split.step('LoadAnnotations').get('poly2mask', True)
+        for i in np.flatnonzero(chosen):
+            annotation = self.kept[i]
+            if self.names[annotation.category_id] not in (self.split.classes or ()):
+                continue
+            image, problem = self.images[annotation.image_id], None
+            if not annotation.segmentation:
+                self.add('mask-missing', annotation)
+            elif polygons_only and not isinstance(annotation.segmentation, list):
+                problem = 'RLE, which LoadAnnotations.poly2mask=False does not read'
+            else:
+                problem = coco.mask_problem(annotation, image, tuple(self.boxes[i]))
+            if problem is not None and not (polygons_only and annotation.iscrowd):
+                self.add('mask-invalid', annotation, problem)
 
-
-def _is_box(box: Any) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in box)
-    )
+    def check_left(self) -> None:
+        """Pictures that are left to train or evaluate on."""
+        split, dataset = self.split, self.split.dataset
+        filters = {} if dataset.test_mode else dataset.filter_cfg or {}
+        min_size, classes = filters.get('min_size', 0), split.classes or ()
+        annotated = {a.image_id for a in self.kept if self.names[a.category_id] in classes}
+        split.num_samples = 0
+        for key, image in self.images.items():
+            too_small = min(image.width, image.height) < min_size
+            place = f'{self.path}: {image.file_name}'
+            if too_small:
+                shape = size((image.height, image.width))
+                split.add('picture-filtered', f'{place}: {shape}, min_size {min_size}')
+            if key not in annotated:
+                split.add('boxes-none', place)
+            if not too_small and (key in annotated or not filters.get('filter_empty_gt')):
+                split.num_samples += 1
 
 
 def _repeated(values: Iterable[Any]) -> List[Any]:

@@ -1,33 +1,42 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Label images of semantic segmentation.
 
-mmseg reads them as 8-bit numbers; with ``reduce_zero_label`` 0 becomes 255 and
-all others but 255 one less. Losses and metrics skip ``ignore_index``, 255 by
-default, and the loss accepts no other number outside the classes.
+mmseg reads them as 8-bit numbers; with ``reduce_zero_label`` 0 becomes 255 and all others but
+255 one less. Losses and metrics skip ``ignore_index``, 255 by default, and the loss accepts no
+other number outside the classes.
 """
 
 import os.path as osp
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import mmcv
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 
-from .pictures import Opener, Picture, Problem, decode, existing, loading, other_pictures, size
-from .report import Report
+from .pictures import (
+    Opener,
+    Picture,
+    Problem,
+    Shape,
+    decode,
+    existing,
+    loading,
+    other_pictures,
+    size,
+)
 from .splits import Split
 
 IGNORED = 255  # mmseg's default, and what reduce_zero_label writes
 
 
 class Pair(NamedTuple):
-    """A picture and the path of its label image, with the backend that decodes it."""
+    """A sample of mmseg, its picture, and what decodes its label image."""
 
+    sample: dict
     picture: Picture
-    label_path: str
     backend: str
 
 
@@ -44,8 +53,8 @@ class Reading(NamedTuple):
     Attributes:
         num_classes: Classes that the label images know.
         reduce_zero_label: As mmseg's.
-        label_map: Class of the label images to class of the model, if the
-            config has chosen some of them.
+        label_map: Class of the label images to class of the model, if the config has chosen
+            some of them.
         ignore_index: Number that losses skip.
     """
 
@@ -67,185 +76,204 @@ class Reading(NamedTuple):
         return number if self.label_map is None else self.label_map[number]
 
 
-def check(cfg: Config, splits: List[Split], report: Report, opener: Opener) -> None:
-    """Check data sets of mmseg.
-
-    Args:
-        cfg: The experiment.
-        splits: Its data sets.
-        report: Findings go here.
-        opener: Opens pictures and label images.
-    """
-    ignore_index = check_ignore_index(cfg, splits, report)
-    check_reduce_zero_label(splits, report)
+def check(cfg: Config, splits: List[Split], opener: Opener) -> None:
+    """Check data sets of mmseg."""
+    ignore_index = check_agreement(cfg, splits)
     opened: Dict[str, List[Labels]] = {}
     for split in splits:
-        pairs = find_pairs(split, report)
+        pairs = find_pairs(split)
         results = opener.run(inspect_pair, pairs, split.name)
-        for problems, _ in results:
+        for problems, _, _ in results:
             for key, place in problems:
-                report.add(key, split.name, place)
-        opened[split.name] = [labels for _, labels in results if labels is not None]
-        report.datasets[split.name].update(opened=len(results), classes=len(split.classes or ()))
-    everything = [labels for name in opened for labels in opened[name]]
+                split.add(key, place)
+        opened[split.name] = [labels for _, labels, _ in results if labels is not None]
+        split.count(opened=len(results))
+        check_inputs(cfg, split, {shape: sample for _, _, (shape, sample) in results if shape})
+    seen = {n for several in opened.values() for labels in several for n in labels.counts}
     for split in splits:
         if split.classes and opened[split.name]:
-            check_labels(split, opened[split.name], everything, ignore_index, report)
+            check_labels(split, opened[split.name], seen, ignore_index)
 
 
-def check_ignore_index(cfg: Config, splits: List[Split], report: Report) -> int:
-    """The number that is ignored in training, which must be that of the metrics and the padding."""
-    places = {}
+def check_agreement(cfg: Config, splits: List[Split]) -> int:
+    """All places agree on whether label 0 is dropped, and on the label that training ignores.
+
+    Returns:
+        The ignored label.
+    """
+    zero: Dict[str, Any] = {}
+    ignored: Dict[str, Any] = {}
     for key in ('decode_head', 'auxiliary_head'):
         heads = cfg.model.get(key) or []
         for head in [heads] if isinstance(heads, dict) else heads:
-            places.setdefault(f'model.{key}.ignore_index', head.get('ignore_index', IGNORED))
-    ignore_index = places.get('model.decode_head.ignore_index', IGNORED)
+            ignored.setdefault(f'model.{key}.ignore_index', head.get('ignore_index', IGNORED))
+    ignore_index = ignored.get('model.decode_head.ignore_index', IGNORED)
     for split in splits:
         for name, evaluator in split.evaluators:
-            places[f'{name}.ignore_index'] = evaluator.get('ignore_index', IGNORED)
+            ignored[f'{name}.ignore_index'] = evaluator.get('ignore_index', IGNORED)
+        zero[f'data set of {split.name}'] = split.dataset.reduce_zero_label
         if split.dataset.reduce_zero_label:
-            places['reduce_zero_label=True, which writes'] = IGNORED
+            ignored['reduce_zero_label=True, which writes'] = IGNORED
+        explicit = split.step('LoadAnnotations').get('reduce_zero_label')
+        if explicit is not None:
+            zero[f'LoadAnnotations of {split.name}'] = explicit
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    places['data_preprocessor.seg_pad_val'] = preprocessor.get('seg_pad_val', IGNORED)
-    if len(set(places.values())) > 1:
-        report.add(
-            'ignore-index', 'config', ', '.join(f'{key} {value}' for key, value in places.items())
-        )
+    ignored['data_preprocessor.seg_pad_val'] = preprocessor.get('seg_pad_val', IGNORED)
+    for check, places, colon in (('zero-label-differs', zero, ':'), ('ignore-index', ignored, '')):
+        if len(set(places.values())) > 1:
+            place = ', '.join(f'{key}{colon} {value}' for key, value in places.items())
+            splits[0].report.add(check, 'config', place)
     return ignore_index
 
 
-def check_reduce_zero_label(splits: List[Split], report: Report) -> None:
-    """All places that say whether label 0 is dropped agree."""
-    places = {}
-    for split in splits:
-        places[f'data set of {split.name}'] = split.dataset.reduce_zero_label
-        explicit = split.step('LoadAnnotations').get('reduce_zero_label')
-        if explicit is not None:
-            places[f'LoadAnnotations of {split.name}'] = explicit
-    if len(set(places.values())) > 1:
-        place = ', '.join(f'{key}: {value}' for key, value in places.items())
-        report.add('zero-label-differs', 'config', place)
-
-
-def find_pairs(split: Split, report: Report) -> List[Pair]:
+def find_pairs(split: Split) -> List[Pair]:
     """Pictures with their label images; what is missing is reported."""
     dataset = split.dataset
-    folders = [dataset.data_prefix.get(key) for key in ('img_path', 'seg_map_path')]
+    folders = [split.prefix('img_path'), dataset.data_prefix.get('seg_map_path')]
     missing = [folder for folder in folders if folder is not None and not osp.isdir(folder)]
     for folder in missing:
-        report.add('folder-missing', split.name, folder)
+        split.add('folder-missing', folder)
     if dataset.ann_file and not osp.exists(dataset.ann_file):
-        report.add('annotations-missing', split.name, dataset.ann_file)
+        split.add('annotations-missing', dataset.ann_file)
         return []
-    if missing:
+    if missing or folders[0] is None:
         return []
-    samples = dataset.load_data_list()
-    split.num_samples = len(samples)
+    samples = split.load('annotations-unreadable')
+    if samples is None:
+        return []
     if not dataset.ann_file:
         for path in other_pictures(folders[0], (dataset.img_suffix,)):
-            report.add('picture-suffix', split.name, osp.join(folders[0], path))
+            split.add('picture-suffix', path)
     if not samples:
-        place = f'{folders[0]}: no file ends in {dataset.img_suffix!r}'
-        report.add('pictures-none', split.name, place)
-    report.datasets[split.name].update(pictures=len(samples))
-    pictures = existing(split, [s['img_path'] for s in samples], 'picture-missing', report)
+        split.add('pictures-none', f'{folders[0]}: no file ends in {dataset.img_suffix!r}')
+    split.count(pictures=len(samples))
+    pictures = existing(split, [s['img_path'] for s in samples], 'picture-missing')
     samples = [s for s in samples if s['img_path'] in pictures and 'seg_map_path' in s]
-    labels = existing(split, [s['seg_map_path'] for s in samples], 'label-missing', report)
+    labels = existing(split, [s['seg_map_path'] for s in samples], 'label-missing')
     if not dataset.ann_file and folders[1] is not None:
         files = LocalBackend().list_dir_or_file(
             folders[1], list_dir=False, suffix=dataset.seg_map_suffix, recursive=True
         )
         for path in sorted({osp.join(folders[1], file) for file in files} - labels):
-            report.add('label-unused', split.name, path)
+            split.add('label-unused', path)
     backend = split.step('LoadAnnotations').get('imdecode_backend', 'pillow')
     return [
-        Pair(Picture(s['img_path'], **loading(split)), s['seg_map_path'], backend)
+        Pair(s, Picture(s['img_path'], **loading(split)), backend)
         for s in samples
         if s['seg_map_path'] in labels
     ]
 
 
-def inspect_pair(pair: Pair) -> Tuple[List[Problem], Optional[Labels]]:
+def inspect_pair(
+    pair: Pair,
+) -> Tuple[List[Problem], Optional[Labels], Tuple[Optional[Shape], dict]]:
     """Open a picture and its label image.
 
     Returns:
-        What is wrong with them, and what the label image holds, None if it
-        cannot be read.
+        What is wrong with them; what the label image holds, None if it cannot be read; the size
+        of the picture, None if something is wrong, and the sample.
     """
     problems, shape = decode(pair.picture)
-    path = pair.label_path
+    path = pair.sample['seg_map_path']
+    image, reason = None, 'no picture'
     try:
         image = mmcv.imfrombytes(Path(path).read_bytes(), flag='unchanged', backend=pair.backend)
     except Exception as error:  # whatever the backend raises for a damaged file
-        return [*problems, ('label-unreadable', f'{path}: {type(error).__name__}')], None
+        reason = type(error).__name__
     if image is None:
-        return [*problems, ('label-unreadable', f'{path}: no picture')], None
+        return [*problems, ('label-unreadable', f'{path}: {reason}')], None, (None, pair.sample)
     image = np.squeeze(image)
     if image.ndim != 2:
-        return [*problems, ('label-colours', f'{path}: shape {image.shape}')], None
+        problem = ('label-colours', f'{path}: shape {image.shape}')
+        return [*problems, problem], None, (None, pair.sample)
     if shape is not None and image.shape != shape:
         place = f'{path}: {size(image.shape)}, {pair.picture.path}: {size(shape)}'
         problems.append(('label-size', place))
     numbers, counts = np.unique(image.astype(np.int64), return_counts=True)
-    return problems, Labels(path, dict(zip(numbers.tolist(), counts.tolist())))
+    labels = Labels(path, dict(zip(numbers.tolist(), counts.tolist())))
+    return problems, labels, (None if problems else shape, pair.sample)
 
 
-def check_labels(
-    split: Split,
-    opened: List[Labels],
-    everything: List[Labels],
-    ignore_index: int,
-    report: Report,
-) -> None:
+def check_inputs(cfg: Config, split: Split, samples: Dict[Shape, dict]) -> None:
+    """What the network gets: pictures of one size in a batch, none smaller than the window.
+
+    Args:
+        cfg: The experiment.
+        split: Data set.
+        samples: One sample for each size of its pictures.
+    """
+    if split.training:
+        sizes = [split.transformed_size(sample) for sample in list(samples.values())[:1]]
+        preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+        padded = preprocessor.get('size') or (0, 0)
+        split.input_size = next((tuple(map(max, s, padded)) for s in sizes if s), None)
+        return
+    test_cfg = cfg.model.get('test_cfg') or {}
+    crop, stride = test_cfg.get('crop_size'), test_cfg.get('stride')
+    slide = test_cfg.get('mode') == 'slide'
+    if slide:
+        pairs = [isinstance(v, (list, tuple)) and len(v) == 2 for v in (crop, stride)]
+        if not all(pairs) or stride[0] > crop[0] or stride[1] > crop[1]:
+            split.add('slide-window', f'model.test_cfg: crop_size = {crop}, stride = {stride}')
+            slide = False
+    batch_size = split.loader.get('batch_size', 1)
+    if not slide and batch_size == 1:
+        return
+    results: Dict[Shape, dict] = {}
+    for sample in samples.values():
+        shape = split.transformed_size(sample)
+        if shape is not None:
+            results.setdefault(shape, sample)
+    places = [f'{sample["img_path"]}: {size(shape)}' for shape, sample in results.items()]
+    if batch_size > 1 and len(results) > 1:
+        split.add('batch-shapes', f'batch_size = {batch_size}, {places[0]}, {places[1]}')
+    for shape, place in zip(results, places):
+        if slide and (shape[0] < crop[0] or shape[1] < crop[1]):
+            split.add('slide-small', f'{place}, crop_size {size(crop)}')
+
+
+def check_labels(split: Split, opened: List[Labels], seen: Set[int], ignore_index: int) -> None:
     """Numbers in the label images against the classes.
 
     Args:
         split: Data set.
         opened: Its label images.
-        everything: Those of all data sets of the experiment: a number that is
+        seen: Numbers in the label images of all data sets of the experiment: a number that is
             rare must not look like one that is not used.
         ignore_index: Number that training skips.
-        report: Findings go here.
     """
-    dataset, name = split.dataset, split.name
+    dataset = split.dataset
     known = dataset.METAINFO['classes'] if dataset.label_map else split.classes
-    reading = Reading(len(known), bool(dataset.reduce_zero_label), dataset.label_map, ignore_index)
-    seen = {number for labels in everything for number in labels.counts}
+    classes, reduced = len(known), bool(dataset.reduce_zero_label)
+    reading = Reading(classes, reduced, dataset.label_map, ignore_index)
     if IGNORED in seen and seen <= {0, IGNORED} and ignore_index == IGNORED:
-        report.add('label-binary', name, f'{opened[0].path} and all others')
+        split.add('label-binary', f'{opened[0].path} and all others')
         return
-    numbers = {n for n in seen if n != (IGNORED if reading.reduce_zero_label else ignore_index)}
+    numbers = seen - {IGNORED if reduced else ignore_index}
     largest = max(numbers, default=0)
-    shifted = 0 < largest == reading.num_classes and not reading.reduce_zero_label
-    if shifted:
-        place = next((labels.path for labels in opened if largest in labels.counts), None)
-        if place is not None:
-            facts = f'numbers {min(numbers)} to {largest}, {reading.num_classes} classes'
-            report.add('zero-label-kept', name, f'{place}: {facts}')
-    if reading.reduce_zero_label and 0 in numbers and 0 < largest == reading.num_classes - 1:
-        place = next((labels.path for labels in opened if 0 in labels.counts), None)
-        if place is not None:
-            share = sum(labels.counts.get(0, 0) for labels in opened)
-            share /= sum(sum(labels.counts.values()) for labels in opened)
-            facts = (
-                f'numbers 0 to {largest}, {reading.num_classes} classes, 0 in {share:.0%} of pixels'
-            )
-            report.add('zero-label-dropped', name, f'{place}: {facts}')
-
+    shifted = 0 < largest == classes and not reduced
+    with_largest = [labels for labels in opened if largest in labels.counts]
+    if shifted and with_largest:
+        facts = f'numbers {min(numbers)} to {largest}, {classes} classes'
+        split.add('zero-label-kept', f'{with_largest[0].path}: {facts}')
+    with_zero = [labels for labels in opened if 0 in labels.counts]
+    if reduced and with_zero and 0 < largest == classes - 1:
+        share = sum(labels.counts[0] for labels in with_zero)
+        share /= sum(sum(labels.counts.values()) for labels in opened)
+        facts = f'numbers 0 to {largest}, {classes} classes, 0 in {share:.0%} of pixels'
+        split.add('zero-label-dropped', f'{with_zero[0].path}: {facts}')
     total: Counter = Counter()
     for labels in opened:
-        classes = {number: reading.class_of(number) for number in labels.counts}
-        outside = [n for n, c in classes.items() if c is None and not (shifted and n == largest)]
+        found = {number: reading.class_of(number) for number in labels.counts}
+        outside = [n for n, c in found.items() if c is None and not (shifted and n == largest)]
         if outside:
             pixels = sum(labels.counts[number] for number in outside)
-            report.add('label-range', name, f'{labels.path}: {outside} in {pixels} pixels')
-        if set(classes.values()) == {ignore_index}:
-            report.add('labels-none', name, labels.path)
-        total.update({classes[number]: count for number, count in labels.counts.items()})
+            split.add('label-range', f'{labels.path}: {outside} in {pixels} pixels')
+        if set(found.values()) == {ignore_index}:
+            split.add('labels-none', labels.path)
+        for number, count in labels.counts.items():
+            total[found[number]] += count
     if split.training:
-        for i, class_name in enumerate(split.classes):
+        for i, name in enumerate(split.classes):
             if not total[i]:
-                report.add(
-                    'class-unseen', name, f'{class_name!r}: no pixel in {len(opened)} label images'
-                )
+                split.add('class-unseen', f'{name!r}: no pixel in {len(opened)} label images')

@@ -1,11 +1,12 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """The data sets of a config, opened but not loaded."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.registry import DATASETS
 
 from .report import Report
@@ -19,12 +20,12 @@ class Split:
         name: ``train``, ``val``, ``test``, or ``val, test`` if both are the same.
         loader: Settings of its data loader.
         cfg: Settings of the data set, without wrappers such as RepeatDataset.
-        evaluators: Settings of the metrics that use it, with their names in
-            the config.
+        evaluators: Settings of the metrics that use it, with their names in the config.
         dataset: The data set: its paths are joined, no annotations are loaded.
         classes: Names of its classes; None as long as they are unknown.
-        num_samples: How many samples training or evaluation gets out of it;
-            None as long as that is unknown.
+        report: Findings go here.
+        num_samples: How many samples training or evaluation gets out of it; None if unknown.
+        input_size: Height and width in pixels that the network gets of it; None if unknown.
     """
 
     name: str
@@ -33,16 +34,50 @@ class Split:
     evaluators: List[Tuple[str, dict]]
     dataset: BaseDataset
     classes: Optional[Sequence[str]]
+    report: Report
     num_samples: Optional[int] = None
+    input_size: Optional[Tuple[int, int]] = None
 
     @property
     def training(self) -> bool:
         return self.name.startswith('train')
 
+    def add(self, check: str, place: str) -> None:
+        """Report a defect of this data set."""
+        self.report.add(check, self.name, place)
+
+    def count(self, **numbers: int) -> None:
+        """Note how much there is of what, for the head of the report."""
+        self.report.datasets[self.name].update(numbers, classes=len(self.classes or ()))
+
     def step(self, name: str) -> dict:
         """Settings of the first step of the pipeline of this type; {} without one."""
         steps = [step for step in self.cfg.get('pipeline', []) if isinstance(step, dict)]
         return next((step for step in steps if type_name(step['type']) == name), {})
+
+    def prefix(self, key: str) -> Optional[str]:
+        """The folder of the pictures; None, and a finding, if ``data_prefix`` does not name it."""
+        folder = self.dataset.data_prefix.get(key)
+        if folder is None:
+            self.add('data-prefix', f'data_prefix = {self.cfg.get("data_prefix")} has no {key!r}')
+        return folder
+
+    def load(self, check: str) -> Optional[List[dict]]:
+        """Samples of the data set; None, and a finding, if it cannot load them."""
+        try:
+            samples = self.dataset.load_data_list()
+        except Exception as error:  # whatever it raises for missing or broken files
+            self.add(check, first_line(error))
+            return None
+        self.num_samples = len(samples)
+        return samples
+
+    def transformed_size(self, sample: dict) -> Optional[Tuple[int, int]]:
+        """Height and width of a sample after the pipeline; None if the pipeline fails."""
+        try:
+            return tuple(Compose(self.cfg['pipeline'])(copy.deepcopy(sample))['inputs'].shape[-2:])
+        except Exception:  # whatever a step raises for a damaged file, which is found elsewhere
+            return None
 
 
 def type_name(value: Any) -> str:
@@ -63,13 +98,16 @@ def find_splits(cfg: Config, report: Report) -> List[Split]:
         for i, leaf in enumerate(leaves):
             name = ', '.join(group) + (f' {i}' if len(leaves) > 1 else '')
             try:
-                dataset = _open(leaf)
+                dataset = DATASETS.build(dict(leaf, pipeline=[], lazy_init=True))
             except Exception as error:  # whatever the data set's constructor raises
                 report.add('dataset-unbuildable', name, f'{leaf.get("type")}: {first_line(error)}')
                 continue
-            evaluators = [item for key in group for item in _evaluators(cfg, key)]
+            if hasattr(dataset, 'download'):  # CIFAR10 and others fetch themselves on loading
+                dataset.download = False
+            report.datasets[name] = dict(type=type(dataset).__name__)
+            evaluators = [item for key in group for item in _evaluators(cfg, f'{key}_evaluator')]
             classes = dataset.metainfo.get('classes')
-            splits.append(Split(name, loader, leaf, evaluators, dataset, classes))
+            splits.append(Split(name, loader, leaf, evaluators, dataset, classes, report))
     return splits
 
 
@@ -87,14 +125,6 @@ def _leaves(cfg: dict) -> Iterator[dict]:
         yield cfg
 
 
-def _open(cfg: dict) -> BaseDataset:
-    dataset = DATASETS.build(dict(cfg, pipeline=[], lazy_init=True))
-    if hasattr(dataset, 'download'):  # CIFAR10 and others fetch themselves when they are loaded
-        dataset.download = False
-    return dataset
-
-
 def _evaluators(cfg: Config, name: str) -> List[Tuple[str, dict]]:
-    evaluator = cfg.get(f'{name}_evaluator') or []
-    evaluators = [evaluator] if isinstance(evaluator, dict) else evaluator
-    return [(f'{name}_evaluator', item) for item in evaluators]
+    evaluator = cfg.get(name) or []
+    return [(name, item) for item in ([evaluator] if isinstance(evaluator, dict) else evaluator)]

@@ -2,4 +2,4 @@
 
 
 class TrainingError(RuntimeError):
-    """Something that ends a training and is explained in the message."""
+    """An error that ends a training. Its message tells the user what to do."""

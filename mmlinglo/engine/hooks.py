@@ -1,11 +1,14 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from typing import Optional
+from pathlib import Path
+from typing import Dict, Optional
 
-from mmengine.dist import all_reduce_params
-from mmengine.hooks import Hook
+from mmengine.dist import all_reduce_params, is_main_process
+from mmengine.fileio import dump
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.runner import Runner
 
 from mmlinglo.registry import HOOKS
+from mmlinglo.utils.files import complete_file
 
 
 @HOOKS.register_module()
@@ -31,3 +34,29 @@ class AverageBuffersHook(Hook):
         """Average the buffers."""
         buffers = [b for b in runner.model.buffers() if b.is_floating_point()]
         all_reduce_params(buffers, op='mean')
+
+
+@HOOKS.register_module()
+class MainProcessLoggerHook(LoggerHook):
+    """mmengine's ``LoggerHook``, with files that one process writes, and whole.
+
+    mmengine's writes the metrics of a test, and copies its logs to ``out_dir``,
+    in all processes at once, which can leave a JSON file that is none.
+    """
+
+    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:  # noqa: ARG002
+        """Log the metrics, and write them to a file in the main process."""
+        tag, text = runner.log_processor.get_log_after_epoch(
+            runner, len(runner.test_dataloader), 'test', with_non_scalar=True
+        )
+        runner.logger.info(text)
+        if is_main_process():
+            with complete_file(Path(runner.log_dir, self.json_log_path)) as file:
+                dump(self._process_tags(tag), str(file))
+
+    def after_run(self, runner: Runner) -> None:
+        """Close the visualizer, and copy the logs in the main process."""
+        if is_main_process():
+            super().after_run(runner)
+        else:
+            runner.visualizer.close()

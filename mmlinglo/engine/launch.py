@@ -12,16 +12,14 @@ from mmengine.config import Config
 def prepare_cpu_distributed(cfg: Config) -> None:
     """Let mmengine's Runner train in several processes without GPUs.
 
-    Three things stand in its way: it initialises NCCL unless a process group
-    exists, it gives DistributedDataParallel a GPU number, and torch's
-    SyncBatchNorm refuses CPU tensors. Call this in each process that torchrun
-    started, before the Runner is built.
+    By default, the Runner initializes NCCL, gives DistributedDataParallel a GPU number, and may
+    use SyncBatchNorm, which refuses CPU tensors. This function changes all three. Call it in
+    each process that torchrun started, before you build the Runner.
 
     Args:
-        cfg: The config, changed in place: ``model_wrapper_cfg`` and
-            ``custom_hooks`` are extended, ``sync_bn`` is removed. From
-            ``env_cfg.dist_cfg`` the ``timeout`` in seconds is taken, as
-            mmengine does for NCCL.
+        cfg: The config, changed in place. The function sets ``model_wrapper_cfg``, adds to
+            ``custom_hooks``, and removes ``sync_bn``. It reads the timeout in seconds from
+            ``env_cfg.dist_cfg``, as mmengine does for NCCL.
     """
     if not torch.distributed.is_initialized():
         seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
@@ -37,11 +35,11 @@ def prepare_cpu_distributed(cfg: Config) -> None:
 
 
 def end_with_torchrun() -> None:
-    """Let this process end when the torchrun that started it is killed.
+    """End this process when the torchrun that started it ends.
 
-    torchrun ends its processes when it can. If it is killed by SIGKILL they
-    would train on, beside the job that is resumed in the same folder. Does
-    nothing without torchrun, or on another system than Linux.
+    If SIGKILL ends torchrun, it cannot stop its processes. They would train on, next to the job
+    that you resume in the same folder. Without torchrun, or on another system than Linux, this
+    function does nothing.
     """
     if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h

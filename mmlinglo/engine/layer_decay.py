@@ -10,17 +10,17 @@ from mmlinglo.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Learning rates that fall from the output to the input of the backbone.
+    """Use smaller learning rates for layers closer to the input of the backbone.
 
-    A parameter of layer ``depth`` of ``num_layers`` gets the learning rate
-    ``lr * layer_decay_rate ** (num_layers - 1 - depth)``, the layers being those
-    that the backbone's ``get_layer_depth`` tells. Whatever is outside of the
-    backbone gets the full rate. It is the same rule as that of mmpretrain's
-    ``LearningRateDecayOptimWrapperConstructor``, for detectors and segmentors
-    as well. All options of mmengine's default constructor keep working, and
-    ``lr_mult`` and ``bias_lr_mult`` multiply the layer's rate.
+    A parameter in layer ``depth`` of ``num_layers`` gets the learning rate
+    ``lr * layer_decay_rate ** (num_layers - 1 - depth)``. The backbone's ``get_layer_depth``
+    returns these two numbers. Parameters outside the backbone get the full rate.
 
-    Not from the paper, which trains all layers with one rate.
+    mmpretrain's ``LearningRateDecayOptimWrapperConstructor`` has the same rule. This one also
+    works for detectors and segmentors. All options of mmengine's default constructor keep
+    working; ``lr_mult`` and ``bias_lr_mult`` multiply the layer's rate.
+
+    The paper does not use this: it trains all layers with one rate.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper; its optimizer must
@@ -69,11 +69,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             is_dcn_module: See the default constructor.
 
         Raises:
-            ValueError: If no part of the model has ``get_layer_depth``.
+            ValueError: If no part of the model has the method ``get_layer_depth``.
         """
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
         if prefix:
-            return  # a part; the whole model's groups are complete below
+            return  # only part of the model; the last call has the prefix '' and all groups
         backbones = _find_backbones(module)
         names = {parameter: name for name, parameter in module.named_parameters()}
         rates: Dict[Tuple[int, int], float] = {}
@@ -93,11 +93,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _find_backbones(model: nn.Module) -> Dict[str, nn.Module]:
-    """Modules that know the depths of their parameters, by prefix."""
+    """Find the modules that know the depths of their parameters, by prefix."""
     backbones = {
         f'{name}.' if name else '': module
         for name, module in model.named_modules()
-        # mmpretrain's classifiers have the method as well and ask their backbone
+        # mmpretrain's classifiers have the method too, but only pass it on to their backbone
         if hasattr(module, 'get_layer_depth') and not hasattr(module, 'backbone')
     }
     if not backbones:

@@ -65,6 +65,14 @@ class NonFiniteLossHook(Hook):
         self._step_left_out = False
         self._buffers: List[Tensor] = []  # as before the iteration
 
+    def state_dict(self) -> dict:
+        """The steps in a row that were left out, for a run that is resumed."""
+        return dict(skips=self._skips)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting."""
+        self._skips = state['skips']
+
     def before_train(self, runner: Runner) -> None:
         """Watch the optimizer's steps, if they are to be skipped."""
         if self.action == 'skip':
@@ -90,7 +98,7 @@ class NonFiniteLossHook(Hook):
     ) -> None:
         """Look at the loss."""
         loss = outputs.get('loss') if isinstance(outputs, dict) else None
-        if not isinstance(loss, Tensor):
+        if outputs is None or not isinstance(loss, Tensor):
             return
         if self.action == 'skip':
             self._after_step(runner, outputs)

@@ -12,36 +12,33 @@ from .errors import TrainingError
 
 @HOOKS.register_module()
 class PictureErrorsHook(Hook):
-    """Let the errors of data pipelines name the picture.
+    """Name the image in every error of a data pipeline.
 
-    OpenCV's error for an empty file does not, nor do those of most
-    augmentations. This hook does not read anything and catches nothing: the
-    run ends as it would have.
+    Errors of OpenCV and of most augmentations do not say which image caused them. The hook
+    reads no files and suppresses no error.
 
     Raises:
-        TrainingError: While data are loaded, in place of whatever the pipeline
-            raised, which is its ``__cause__``.
+        TrainingError: In place of an error of the pipeline, which becomes its ``__cause__``.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Name pictures of the training data."""
+        """Wrap the pipeline of the training data."""
         _name_pictures(runner.train_dataloader.dataset)
 
     def before_val(self, runner: Runner) -> None:
-        """Name pictures of the validation data."""
+        """Wrap the pipeline of the validation data."""
         _name_pictures(runner.val_dataloader.dataset)
 
     def before_test(self, runner: Runner) -> None:
-        """Name pictures of the test data."""
+        """Wrap the pipeline of the test data."""
         _name_pictures(runner.test_dataloader.dataset)
 
 
 class NamingPipeline:
-    """A pipeline, with errors that begin with the files of the sample.
+    """A data pipeline whose errors begin with the names of the sample's files.
 
     Args:
-        pipeline: What is called with a sample. All else that is asked of this
-            object is asked of it.
+        pipeline: The pipeline to call. This object passes on all other attributes of it.
     """
 
     def __init__(self, pipeline: Callable[[dict], Optional[dict]]) -> None:
@@ -70,4 +67,4 @@ def _name_pictures(dataset: Dataset) -> None:
             _name_pictures(inner)
     pipeline = getattr(dataset, 'pipeline', None)
     if callable(pipeline) and not isinstance(pipeline, NamingPipeline):
-        dataset.pipeline = NamingPipeline(pipeline)
+        dataset.pipeline = NamingPipeline(pipeline)  # type: ignore[attr-defined]

@@ -1,11 +1,14 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from functools import partial
-from typing import Optional
+import random
+from contextlib import contextmanager
+from typing import Any, Iterator, List, Optional, Tuple
 
 import numpy as np
+import torch
+from mmengine.dist import get_rank
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mmlinglo.registry import HOOKS
 
@@ -19,53 +22,74 @@ class ReseedHook(Hook):
     of a resumed run therefore start over with the random numbers of the first
     epoch, and without a seed in the config the data are shuffled by a new
     one. This hook makes the random numbers a function of the seed and of the
-    position: it seeds Python, numpy and torch, and starts new data workers
-    that are seeded likewise, wherever a run can be resumed. That is each epoch
-    of an epoch-based schedule, and each iteration at which an iteration-based
-    one writes its regular checkpoint.
+    position in the training. It seeds Python, numpy and torch
+
+    - in the training process, wherever a run can be resumed: at each epoch of
+      an epoch-based schedule, and at each iteration at which an
+      iteration-based one writes its regular checkpoint;
+    - where data are loaded, at each batch, from the number of the batch. Data
+      workers live on through all epochs with ``persistent_workers``, and their
+      number does not matter.
 
     What is reproduced, bitwise where the operations themselves are
     deterministic (float32 on the CPU is): the weights, the loss curve and
     the order and augmentation of the data, whether ``randomness.seed`` was set
     or drawn by mmengine, if the run is resumed from a regular checkpoint with
-    the same config, number of processes and number of workers.
+    the same config and number of processes.
 
     What is not:
 
     - A run resumed from an iteration that is not a multiple of the checkpoint
       interval, or from a checkpoint in the middle of an epoch: mmengine
       starts that epoch over.
-    - Iteration-based schedules in the original mmengine 0.10.7, which loads
-      and drops all data up to the iteration, with ``num_workers=0`` or
-      without a seed in the config (new shuffle; no image is dropped or
-      repeated but in the pass over the data that was interrupted).
-    - Iteration-based schedules whose sampler has no ``skip``, such as
-      ``DefaultSampler``, and loaders whose ``worker_init_fn`` takes no
-      ``seed``: the augmentation by the workers differs.
+    - Data of an ``IterableDataset``, and of loaders without batches
+      (``batch_size=None``).
     - A validation that was interrupted, without ``SafeCheckpointHook``, which
       repeats it: mmengine goes on after it.
     - GPU kernels that are not deterministic (see ``randomness.deterministic``).
-
-    New workers cost what starting them costs, per epoch or checkpoint;
-    ``persistent_workers`` keeps its effect between the checkpoints of an
-    iteration-based schedule only.
     """
 
     priority = 'LOWEST'  # after the checkpoint and after mmengine's DistSamplerSeedHook
 
     def __init__(self) -> None:
         self._step: Optional[int] = None  # epoch or iteration of the last seeding
+        self._batches: Optional[_SeededBatches] = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Let the data be loaded with a seed for each batch."""
+        loader = runner.train_loop.dataloader
+        if loader.batch_sampler is None:
+            return
+        self._batches = _SeededBatches(loader.batch_sampler)
+        # DataLoader refuses to set this attribute
+        vars(loader)['batch_sampler'] = self._batches
+        if not isinstance(loader.dataset, IterableDataset):
+            loader.dataset.__getitems__ = _SeededItems(loader.dataset)
+        if loader.generator is None:
+            # from which an iterator draws when it is made, which persistent workers avoid
+            loader.generator = torch.Generator()
+        loader._iterator = None  # workers that were started before
+        _set_sampler_seed(runner, loader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed at the start of an epoch, or of an iteration-based run."""
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):
             self._seed(runner, runner.epoch)
-            _restart_workers(loop.dataloader, self._seed_at(runner, runner.epoch))
-            _set_sampler_seed(runner, loop.dataloader)
-        else:
-            self._seed(runner, runner.iter)
-            self._seek(runner, runner.iter)
+            if self._batches is not None:
+                self._batches.seek(runner.seed, runner.epoch)
+            return
+        self._seed(runner, runner.iter)
+        if self._batches is not None:
+            iterator = loop.dataloader_iterator
+            # Else mmengine loads and drops all batches up to this one, which counts them.
+            skips = hasattr(iterator, 'skip_iter') and hasattr(loop.dataloader.sampler, 'skip')
+            self._batches.seek(runner.seed, 0, runner.iter if skips else 0)
+            if iterator._iterator is not None:  # the original mmengine has begun to load already
+                sampler = loop.dataloader.sampler
+                if hasattr(sampler, '_indices_of_rank'):
+                    sampler.indices = sampler._indices_of_rank()
+                iterator._iterator = iter(loop.dataloader)
 
     def after_train_iter(
         self,
@@ -75,10 +99,8 @@ class ReseedHook(Hook):
         outputs: Optional[dict] = None,  # noqa: ARG002
     ) -> None:
         """Seed where an iteration-based run can be resumed."""
-        if isinstance(runner.train_loop, EpochBasedTrainLoop) or not self._is_saved_now(runner):
-            return
-        self._seed(runner, runner.iter + 1)
-        self._seek(runner, runner.iter + 1)
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop) and self._is_saved_now(runner):
+            self._seed(runner, runner.iter + 1)
 
     def after_val(self, runner: Runner) -> None:
         """Seed again: a resumed run does not repeat the validation behind the checkpoint."""
@@ -93,25 +115,89 @@ class ReseedHook(Hook):
             if isinstance(hook, CheckpointHook)
         )
 
-    @staticmethod
-    def _seed_at(runner: Runner, step: int) -> int:
-        """Seed of an epoch or iteration; the workers of all ranks add their numbers to it."""
-        # Sums of seed and step would give neighbouring epochs the same random numbers.
-        return int(np.random.SeedSequence((runner.seed, step)).generate_state(1)[0]) >> 1
-
     def _seed(self, runner: Runner, step: int) -> None:
-        set_random_seed(self._seed_at(runner, step))
+        set_random_seed(_mix(runner.seed, step))
         self._step = step
 
-    def _seek(self, runner: Runner, iteration: int) -> None:
-        """New workers that start with the data of an iteration, if mmengine and sampler can."""
-        loop = runner.train_loop
-        iterator = getattr(loop, 'dataloader_iterator', None)
-        # The original mmengine has neither; its workers run on, and a resumed run replays them.
-        if hasattr(iterator, 'skip_iter') and hasattr(loop.dataloader.sampler, 'skip'):
-            _set_sampler_seed(runner, loop.dataloader)
-            _restart_workers(loop.dataloader, self._seed_at(runner, iteration))
-            iterator.skip_iter(iteration)
+
+class _SeededBatch(list):
+    """Indices of a batch, and the seed to load it with."""
+
+    seed: int
+
+
+class _SeededBatches:
+    """A batch sampler that gives each batch a seed, by its number.
+
+    Args:
+        batch_sampler: The sampler, which is asked for all else.
+    """
+
+    def __init__(self, batch_sampler: BatchSampler) -> None:
+        self.batch_sampler = batch_sampler
+        self.position: Tuple[int, ...] = ()
+        self.number = 0
+
+    def seek(self, seed: int, epoch: int, number: int = 0) -> None:
+        """Give the next batch the seed of a batch of an epoch."""
+        self.position, self.number = (seed, epoch, get_rank()), number
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for indices in self.batch_sampler:
+            batch = _SeededBatch(indices)
+            batch.seed = _mix(*self.position, self.number)
+            self.number += 1
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'batch_sampler':  # not there yet while this is unpickled
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+
+class _SeededItems:
+    """What DataLoader calls for the samples of a batch, in place of ``dataset[index]`` for each.
+
+    Args:
+        dataset: The data set.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.get_items = getattr(dataset, '__getitems__', None)
+
+    def __call__(self, batch: List[int]) -> List[Any]:
+        with _random_state_kept():
+            if isinstance(batch, _SeededBatch):
+                random.seed(batch.seed)
+                np.random.seed(batch.seed)
+                torch.default_generator.manual_seed(batch.seed)  # none of a GPU's
+            if self.get_items is not None:
+                return self.get_items(list(batch))
+            return [self.dataset[index] for index in batch]
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave the training's generators as they were; in a data worker, which has its own, do nothing."""
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _mix(*numbers: int) -> int:
+    """A seed; sums would give neighbours the same random numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def _set_sampler_seed(runner: Runner, dataloader: DataLoader) -> None:
@@ -121,12 +207,3 @@ def _set_sampler_seed(runner: Runner, dataloader: DataLoader) -> None:
     sampler = getattr(dataloader.batch_sampler, 'sampler', dataloader.sampler)
     if getattr(sampler, 'seed', None) is not None:
         sampler.seed = runner.seed
-
-
-def _restart_workers(dataloader: DataLoader, seed: int) -> None:
-    """Let the next iteration start new workers, seeded from ``seed``."""
-    dataloader._iterator = None  # the persistent workers, if there are any
-    init_fn = dataloader.worker_init_fn
-    if isinstance(init_fn, partial) and 'seed' in init_fn.keywords:
-        keywords = {**init_fn.keywords, 'seed': seed}
-        dataloader.worker_init_fn = partial(init_fn.func, *init_fn.args, **keywords)

@@ -5,12 +5,13 @@ import os.path as osp
 import re
 import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Optional, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmlinglo.registry import HOOKS
@@ -20,6 +21,7 @@ from .errors import TrainingError
 BACKEND = 'mmlinglo.whole_files'
 PARTIAL = '.partial'  # ends the name of a file that is being written
 REPLACED = 'replaced_best_ckpts'  # best checkpoints before the last validation
+HOOK_STATES = 'hook_states'  # key in a checkpoint
 LAST = 'last_checkpoint'  # mmengine's file with the name of the latest checkpoint
 
 
@@ -81,9 +83,14 @@ class SafeCheckpointHook(CheckpointHook):
       ``*.partial``, and what it had not come to remove,
     - repeats the validation of the checkpoint that is resumed, since the run
       may have been killed in it: otherwise its score would never be known and
-      the best checkpoint could be another one. Only with ``save_best``.
+      the best checkpoint could be another one. Only if its score is used: with
+      ``save_best``, ``EarlyStoppingHook`` or a scheduler that follows a metric,
+    - saves and resumes the state of ``EarlyStoppingHook`` and of every hook that
+      has the methods ``state_dict()`` and ``load_state_dict(state)``, under the
+      name of its class.
 
-    Arguments, file names and the content of the checkpoints are mmengine's.
+    Arguments and file names are mmengine's, and the content of the checkpoints
+    with ``hook_states`` besides.
     Remote ``out_dir``, given ``backend_args`` and the directories that
     DeepSpeed writes are left to mmengine's own way of writing.
 
@@ -117,9 +124,23 @@ class SafeCheckpointHook(CheckpointHook):
             replaced = runner.message_hub.runtime_info.get(REPLACED, [])
             for path in set(replaced) - set(self._best_paths().values()):
                 self._remove(path)
-        if self.save_best is not None and runner.iter > 0 and self._is_validated_here(runner):
+        if runner.iter > 0 and self._uses_scores(runner) and self._is_validated_here(runner):
             runner.logger.info('Repeating the validation of the resumed checkpoint.')
             runner.val_loop.run()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the states of the hooks."""
+        states = {name: hook.state_dict() for name, hook in _stateful_hooks(runner)}
+        if states:
+            checkpoint[HOOK_STATES] = states
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Restore the states of the hooks, if the run is resumed."""
+        if runner._resume:
+            states = checkpoint.get(HOOK_STATES, {})
+            for name, hook in _stateful_hooks(runner):
+                if name in states:
+                    hook.load_state_dict(states[name])
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         """Save, then name the checkpoint in ``last_checkpoint``, then remove the outdated one."""
@@ -194,6 +215,17 @@ class SafeCheckpointHook(CheckpointHook):
             return False
         return type(get_file_backend(self.out_dir or runner.work_dir)) is LocalBackend
 
+    def _uses_scores(self, runner: Runner) -> bool:
+        """Whether anything follows from the score of a validation."""
+        schedulers = runner.param_schedulers or []
+        if isinstance(schedulers, dict):
+            schedulers = [each for several in schedulers.values() for each in several]
+        return (
+            self.save_best is not None
+            or any(isinstance(hook, EarlyStoppingHook) for hook in runner.hooks)
+            or any(getattr(each, 'need_val_args', False) for each in schedulers)
+        )
+
     def _is_validated_here(self, runner: Runner) -> bool:
         """Whether a validation follows the epoch or iteration that was resumed."""
         loop = runner.train_loop
@@ -252,6 +284,32 @@ class SafeCheckpointHook(CheckpointHook):
         before, after = (re.escape(part) for part in self.filename_tmpl.split('{}'))
         match = re.fullmatch(rf'{before}(\d+){after}', path.name)
         return int(match.group(1)) if match else -1
+
+
+class _EarlyStoppingState:
+    """State of mmengine's ``EarlyStoppingHook``, which has no methods for it."""
+
+    def __init__(self, hook: EarlyStoppingHook) -> None:
+        self.hook = hook
+
+    def state_dict(self) -> dict:
+        return dict(wait_count=self.hook.wait_count, best_score=self.hook.best_score)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.hook.wait_count, self.hook.best_score = state['wait_count'], state['best_score']
+
+
+def _stateful_hooks(runner: Runner) -> Iterator[Tuple[str, Any]]:
+    """Names and owners of states; hooks of the same class are numbered."""
+    counts: Counter = Counter()
+    for hook in runner.hooks:
+        name = type(hook).__name__
+        counts[name] += 1
+        name += f'_{counts[name]}' * (counts[name] > 1)
+        if isinstance(hook, EarlyStoppingHook) and not hasattr(hook, 'state_dict'):
+            yield name, _EarlyStoppingState(hook)
+        elif hasattr(hook, 'state_dict') and hasattr(hook, 'load_state_dict'):
+            yield name, hook
 
 
 def _megabytes(size: int) -> str:

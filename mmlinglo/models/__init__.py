@@ -1,5 +1,12 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from .backbones import LinGlo
-from .layers import ConditionalPositionalEncoding, DotProductAttention, KeyOnlyAttention
+from .fast import ConditionalPositionalEncoding, KeyOnlyAttention, literal
+from .linglo import LinGlo
+from .network import DotProductAttention
 
-__all__ = ['ConditionalPositionalEncoding', 'DotProductAttention', 'KeyOnlyAttention', 'LinGlo']
+__all__ = [
+    'ConditionalPositionalEncoding',
+    'DotProductAttention',
+    'KeyOnlyAttention',
+    'LinGlo',
+    'literal',
+]

@@ -2,7 +2,7 @@
 """Arguments of the layers and of the backbone: errors that name the argument, its value and what is allowed."""
 
 from numbers import Integral, Real
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 
 def check_integer(name: str, value: Any, low: int, high: Optional[int] = None) -> None:
@@ -22,3 +22,8 @@ def check_integer(name: str, value: Any, low: int, high: Optional[int] = None) -
 def is_number(value: Any) -> bool:
     """Whether it is a real number; truth values are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def get_length(values: Any) -> Optional[int]:
+    """Length of a list or the like; None for others and for texts."""
+    return len(values) if isinstance(values, Sequence) and not isinstance(values, str) else None

@@ -8,7 +8,7 @@ import re
 from contextlib import nullcontext
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, Dict, List, Optional
+from typing import Any, ContextManager, Dict, List, Optional, Sequence
 from urllib.parse import urlparse
 
 import torch
@@ -16,6 +16,7 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .safe_globals import runner_globals
 
@@ -24,11 +25,17 @@ pretrained weights {source!r} not found. Either
   - train them: bash tools/dist_train.sh configs/imagenet/linglo-b0_8xb128_in1k.py 8 (or b1, b2), or
   - name another file or URL: --cfg-options model.backbone.init_cfg.checkpoint=FILE, or
   - train from scratch: --cfg-options model.backbone.init_cfg=None"""
+NOT_RESUMABLE = (
+    '--resume continues the same training. To start another one from these weights, leave it out: '
+    '--cfg-options load_from={source} takes those that fit'
+)
 UNSAFE = (
     '{source!r} cannot be read safely: {reason}. Loading it in full would run whatever code is in it. '
     'Only if you know who made it, give --trust-checkpoint to the tool, or make a file of it that needs '
     'no trust: tools/model_converters/publish_model.py --trust-checkpoint'
 )
+# By the part of a name that a wrapper adds: `module` in front, the other one anywhere.
+WRAPPERS = {'module': 'DistributedDataParallel or EMA', '_orig_mod': 'torch.compile'}
 # All of mmengine's but the names of model zoos, which lead to the unsafe loader of URLs.
 SCHEMES = ['', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://']
 
@@ -99,7 +106,13 @@ def use_in_mmengine(trust: bool = False) -> None:
 
     def load_from_file(filename: str, *_: Any, **__: Any) -> dict:
         checkpoint = load_checkpoint_file(filename, trust)
-        check_finite(find_state_dict(checkpoint), filename)
+        weights = find_state_dict(checkpoint)
+        check_finite(weights, filename)
+        if isinstance(checkpoint.get('state_dict'), dict):
+            checkpoint['state_dict'] = {
+                **{k: v for k, v in checkpoint['state_dict'].items() if not isinstance(v, Tensor)},
+                **weights,
+            }
         if not trust and checkpoint.get('meta'):
             checkpoint['meta'].pop('config', None)  # Python that Runner.resume would run
         return checkpoint
@@ -115,7 +128,7 @@ def _read(path: str, source: str, trust: bool) -> Any:
         return _load_safetensors(path)
     if trust:
         return torch.load(path, map_location='cpu', weights_only=False)
-    allowed = nullcontext()
+    allowed: ContextManager = nullcontext()
     if hasattr(torch.serialization, 'safe_globals'):
         allowed = torch.serialization.safe_globals(runner_globals())
     with allowed:
@@ -156,16 +169,47 @@ def import_safetensors() -> ModuleType:
 
 
 def find_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
-    """Weights inside a checkpoint of mmengine, timm or PVT, without ``module.`` prefixes."""
+    """Find the weights inside a checkpoint of mmengine, timm or PVT.
+
+    Prefixes that wrappers of a model leave in the names are removed: ``module.`` of
+    ``DistributedDataParallel`` and of averages (EMA), and ``_orig_mod.`` of
+    ``torch.compile``, in any order. A line of the log says so.
+    """
     for key in ('state_dict', 'state_dict_ema', 'model'):
         if isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
             break
-    return {
-        key[len('module.') :] if key.startswith('module.') else key: value
+    weights = {
+        key: value
         for key, value in checkpoint.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
+    plain = _unwrap(weights)
+    found = {
+        wrapper
+        for prefix, wrapper in WRAPPERS.items()
+        for key in weights.keys() - plain.keys()
+        if prefix in key.split('.')
+    }
+    if found:
+        print_log(f'names of weights: prefixes of {" and ".join(sorted(found))} removed', 'current')
+    return plain
+
+
+def _unwrap(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The same weights without wrappers' prefixes, or as they are if two names became one."""
+    plain = {}
+    for key, value in weights.items():
+        parts = key.split('.')
+        while parts[0] in WRAPPERS and len(parts) > 1:
+            parts.pop(0)
+        plain['.'.join(part for part in parts if part != '_orig_mod')] = value
+    if len(plain) < len(weights):
+        return weights
+    if any(key.startswith('module.') for key in weights):
+        for counter in ('n_averaged', 'steps'):  # of torch's and mmengine's averages
+            plain.pop(counter, None)
+    return plain
 
 
 def load_model_weights(model: nn.Module, checkpoint: dict, source: str) -> None:
@@ -183,6 +227,41 @@ def load_model_weights(model: nn.Module, checkpoint: dict, source: str) -> None:
     _check(weights, expected, source, unexpected=[key for key in weights if key not in expected])
     check_finite(weights, source, expected)
     model.load_state_dict(weights)
+
+
+def check_resumable(
+    model: nn.Module, optimizers: Sequence[Optimizer], checkpoint: dict, source: str
+) -> None:
+    """Refuse to resume a training of another model or with other groups of parameters.
+
+    Args:
+        model: The model, without a wrapper.
+        optimizers: Its optimizers, in the order of the checkpoint's.
+        checkpoint: What mmengine's runner saved.
+        source: Name for the error message.
+
+    Raises:
+        CheckpointError: If weights or parameter groups differ; says what to do instead.
+    """
+    weights, expected = find_state_dict(checkpoint), model.state_dict()
+    expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
+    try:
+        _check(weights, expected, source, unexpected=[k for k in weights if k not in expected])
+    except CheckpointError as error:
+        raise CheckpointError(f'{error}. {NOT_RESUMABLE.format(source=source)}') from error
+    states = checkpoint.get('optimizer') or {}
+    states = [states] if 'param_groups' in states else list(states.values())
+    for optimizer, state in zip(optimizers, states):
+        sizes, saved = (
+            [len(group['params']) for group in groups]
+            for groups in (optimizer.param_groups, state['param_groups'])
+        )
+        if sizes != saved:
+            raise CheckpointError(
+                f'the optimizer of {source!r} has {sum(saved)} parameters in {len(saved)} groups, '
+                f'this one {sum(sizes)} in {len(sizes)}: frozen_stages, the constructor of the '
+                f'optimizer or its paramwise_cfg has changed. {NOT_RESUMABLE.format(source=source)}'
+            )
 
 
 def check_finite(
@@ -241,6 +320,7 @@ def load_pretrained_backbone(
     prefix = (prefix or 'backbone').rstrip('.') + '.'
     if any(key.startswith(prefix) for key in weights):
         weights = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+        weights = _unwrap(weights)
 
     expected = backbone.state_dict()
     output_norms = {key for key in expected if key.split('.')[0][:-1] == 'norm'}

@@ -2,31 +2,62 @@
 """What the command lines under ``tools/`` have in common."""
 
 import argparse
+import importlib.util
 import logging
 import os
 import os.path as osp
 import sys
-from typing import Callable, Optional
+import traceback
+from pathlib import Path
+from typing import Callable, Iterator, Optional
 
+import mmengine
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.hooks import LoggerHook
 from mmengine.logging import print_log
 
 from mmlinglo.engine import TrainingError, prepare_cpu_distributed
+from mmlinglo.hub import find_recipe
 
 from .checkpoint import CheckpointError, use_in_mmengine
+
+# Of torch's DataLoader, which refuses them without data workers.
+WORKER_SETTINGS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')
+# What mmengine's logging back ends import, and what to install for it.
+LOG_PACKAGES = dict(
+    AimVisBackend=('aim', 'aim'),
+    ClearMLVisBackend=('clearml', 'clearml'),
+    DVCLiveVisBackend=('dvclive', 'dvclive'),
+    MLflowVisBackend=('mlflow', 'mlflow'),
+    NeptuneVisBackend=('neptune', 'neptune'),
+    TensorboardVisBackend=('tensorboard', 'tensorboard'),
+    WandbVisBackend=('wandb', 'wandb'),
+)
 
 
 class UsageError(Exception):
     """A mistake in the arguments or the config, explained in its message."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a tool; mistakes of the user end it with one message and exit status 1."""
+class ConfigError(UsageError):
+    """A config whose own code fails; the error in it is the ``__cause__``."""
+
+
+def run(main: Callable[[], Optional[int]]) -> None:
+    """Run a tool; mistakes of the user end it with one message and exit status 1.
+
+    An error in the code of a config is shown with the lines of that code.
+
+    Args:
+        main: The tool. What it returns is the exit status; None and 0 are success.
+    """
     try:
-        main()
+        status = main()
     except (UsageError, CheckpointError, FileNotFoundError) as error:
+        if isinstance(error, ConfigError) and error.__cause__ is not None:
+            sys.stderr.writelines(_format_own_frames(error.__cause__))
         sys.exit(f'error: {error}')
     except TrainingError as error:
         # A data worker's message has a traceback in front, which ends with the class and the message.
@@ -34,16 +65,35 @@ def run(main: Callable[[], None]) -> None:
         print_log(message, logger='current', level=logging.ERROR)  # also into the log file
         sys.exit(f'error: {message}')
     except KeyError as error:
-        # mmengine's registries raise it for a `type` that no package has registered.
-        if 'registry' not in str(error):
+        if not _is_unknown_type(error):
             raise
         sys.exit(f'error: {error.args[0]}')
+    if status:
+        sys.exit(status)
+
+
+def _is_unknown_type(error: KeyError) -> bool:
+    """Whether a registry raised the error, for a `type` that no package has registered."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals['__name__'].startswith('mmengine.registry.')
+
+
+def _format_own_frames(error: BaseException) -> Iterator[str]:
+    """Lines of a traceback and of those that it follows from, without the frames of mmengine."""
+    earlier = error.__cause__ or error.__context__
+    if earlier is not None:
+        yield from _format_own_frames(earlier)
+    library = osp.dirname(mmengine.__file__)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith((library, __file__)):
+            yield from traceback.format_list([frame])
+    yield from traceback.format_exception_only(type(error), error)
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
     """Parser with the arguments ``config`` and ``--cfg-options``."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or name of a recipe in configs/')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -77,22 +127,23 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(path: str, cfg_options: Optional[dict] = None) -> Config:
+def load_config(path_or_name: str, cfg_options: Optional[dict] = None) -> Config:
     """Read the config of an experiment.
 
     Args:
-        path: Config file.
+        path_or_name: Config file, or name of a recipe of this project, such as
+            ``'retinanet_linglo-b0_fpn_1x_coco'``. An existing file wins.
         cfg_options: Settings to override, from ``--cfg-options``.
 
     Raises:
-        UsageError: If the file is missing, cannot be read, or has no model.
+        UsageError: If there is no such file or recipe, with the names of similar
+            recipes; or if it cannot be read or has no model.
     """
-    if not osp.isfile(path):
-        raise UsageError(f'config {path!r} not found')
+    path = _find_config(path_or_name)
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
-        raise UsageError(f'config {path!r}: {type(error).__name__}: {error}') from error
+        raise ConfigError(f'config {path!r}: {type(error).__name__}: {error}') from error
     if cfg_options is not None:
         try:
             cfg.merge_from_dict(cfg_options)
@@ -105,6 +156,21 @@ def load_config(path: str, cfg_options: Optional[dict] = None) -> Config:
             'such as configs/coco/retinanet_linglo-b0_fpn_1x_coco.py'
         )
     return cfg
+
+
+def _find_config(path_or_name: str) -> str:
+    if osp.isfile(path_or_name):
+        return path_or_name
+    name = Path(path_or_name).stem if path_or_name.endswith('.py') else path_or_name
+    try:
+        recipe = find_recipe(name)
+    except ValueError as error:
+        raise UsageError(f'config {path_or_name!r} not found, and {error}') from error
+    if name != path_or_name:
+        raise UsageError(
+            f'config {path_or_name!r} not found. For the recipe of this name give {name!r}'
+        )
+    return str(recipe)
 
 
 def checked_device(name: Optional[str]) -> str:
@@ -132,11 +198,14 @@ def load_runner_config(args: argparse.Namespace) -> Config:
     """
     cfg = load_config(args.config, args.cfg_options)
     use_in_mmengine(args.trust_checkpoint)
+    _drop_worker_settings(cfg)
+    _use_one_log_writer(cfg)
+    _check_log_backends(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+        cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
@@ -152,3 +221,29 @@ def load_runner_config(args: argparse.Namespace) -> Config:
             )
         prepare_cpu_distributed(cfg)
     return cfg
+
+
+def _drop_worker_settings(cfg: Config) -> None:
+    """Leave out what a loader without data workers must not have, so that ``num_workers=0`` works."""
+    for loader in (cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')):
+        if isinstance(loader, dict) and loader.get('num_workers', 0) == 0:
+            for key in WORKER_SETTINGS:
+                loader.pop(key, None)
+
+
+def _use_one_log_writer(cfg: Config) -> None:
+    """Let the main process alone write log files, where the config has mmengine's hook."""
+    hooks = cfg.setdefault('default_hooks', {})
+    logger = hooks.setdefault('logger', dict(type='LoggerHook'))
+    if logger is not None and logger.get('type') in ('LoggerHook', LoggerHook):
+        logger['type'] = 'mmlinglo.MainProcessLoggerHook'
+
+
+def _check_log_backends(cfg: Config) -> None:
+    backends = (cfg.get('visualizer') or {}).get('vis_backends') or []
+    for backend in backends:
+        kind = backend['type'] if isinstance(backend, dict) else backend
+        name = kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+        package, install = LOG_PACKAGES.get(name, ('sys', ''))
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f'{name} needs another package: pip install {install}')

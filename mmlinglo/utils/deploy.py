@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build the model of an experiment's config on the CPU, without initializing or loading weights."""
+    """Build the model of a config on the CPU. It does not initialize or load weights."""
     init_default_scope(cfg.default_scope)
     model_cfg = copy.deepcopy(cfg.model)
     if 'data_preprocessor' in cfg:
@@ -19,10 +19,12 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def switch_to_deploy(model: nn.Module) -> None:
-    """Re-parameterise every part of a classifier, detector or segmentor that can be.
+    """Re-parameterise a classifier, detector or segmentor in place.
+
+    Calls ``switch_to_deploy`` of every part that has it.
 
     Args:
-        model: The model, in evaluation mode; changed in place.
+        model: The model, in evaluation mode.
 
     Raises:
         RuntimeError: If a part is in training mode.
@@ -34,31 +36,33 @@ def switch_to_deploy(model: nn.Module) -> None:
 
 @torch.no_grad()
 def relative_difference(first: nn.Module, second: nn.Module, image_size: int = 128) -> float:
-    """Largest difference of two models' raw outputs, over the largest output of each tensor.
+    """Compare the raw outputs of two models on the same two random images.
 
-    Both see the same two random images in float64, so that what remains is the
-    rounding of the weights: about 1e-7 for float32 ones. The models come back in
-    the dtype that they had.
+    The comparison runs on copies in float64. If the models compute the same function, only
+    the rounding of their weights remains: about 1e-7 for float32.
 
     Args:
         first: A classifier, detector or segmentor in evaluation mode.
         second: Another one of the same kind.
         image_size: Height and width of the images in pixels.
+
+    Returns:
+        The largest absolute difference, divided by the largest absolute output of that tensor.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, image_size, image_size, generator=generator, dtype=torch.float64)
     outputs = []
     for model in (first, second):
         twin = copy.deepcopy(model).double()
-        outputs.append(list(_tensors(twin(images, mode='tensor'))))
+        outputs.append(list(_iterate_tensors(twin(images, mode='tensor'))))
     return max(
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(*outputs)
     )
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _iterate_tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
     else:
         for item in output:
-            yield from _tensors(item)
+            yield from _iterate_tensors(item)

@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Networks as ONNX files, and whether these compute the same."""
+"""Write networks as ONNX files, and compare their outputs with PyTorch's."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 DYNAMIC_SIZES = {0: 'batch', 2: 'height', 3: 'width'}
-OPSETS = range(18, 24)  # that PyTorch's exporter writes; below 18 it falls back without an error
+OPSETS = range(18, 24)  # PyTorch's exporter writes these; below 18 it silently writes another
 
 
 class ExporterError(Exception):
-    """PyTorch's exporter has written something else than it was asked for."""
+    """PyTorch's exporter ignored what it was asked for."""
 
 
 class Logits(nn.Module):
@@ -32,15 +32,15 @@ class Logits(nn.Module):
         return self.classifier(images, mode='tensor')
 
 
-def preprocessing(cfg: Config) -> Dict[str, str]:
-    """What an experiment does to images before its network sees them, as texts.
+def describe_preprocessing(cfg: Config) -> Dict[str, str]:
+    """Describe how an experiment prepares its images, as metadata for an ONNX file.
 
     Args:
         cfg: The experiment's config.
 
     Returns:
-        ``channel_order`` (``RGB`` or ``BGR``) and, for pixels in [0, 255] as
-        ``(pixel - mean) / std``, ``mean`` and ``std``, JSON lists in that order.
+        ``channel_order``, ``'RGB'`` or ``'BGR'``; ``mean`` and ``std``, JSON lists in that
+        order, for ``(pixel - mean) / std`` with pixels from 0 to 255.
     """
     settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     rgb = settings.get('bgr_to_rgb', False) or settings.get('to_rgb', False)
@@ -60,24 +60,23 @@ def export_onnx(
     opset: Optional[int] = None,
     metadata: Optional[Dict[str, str]] = None,
 ) -> None:
-    """Write a network as one ONNX file, by PyTorch's exporter on top of torch.export.
+    """Write a network as one ONNX file with PyTorch's exporter, which uses torch.export.
 
     Args:
         model: Network in evaluation mode from images to a tensor or a tuple.
         path: File to write.
-        image_shape: (B, C, H, W) of the input, which is named ``images``. With
-            ``dynamic`` an example, in which B is at least 2 and no feature map
-            has a side of 1 (H and W above 32 for four stages).
+        image_shape: Shape (B, C, H, W) of the input, which is named ``images``. If
+            ``dynamic``, it is an example: B must be at least 2, and H and W large enough
+            that no feature map has a side of 1 (above 32 for four stages).
         output_names: Names of the outputs.
         dynamic: Whether B, H and W are free.
         opset: Version of the ONNX operators, 18 to 23; None for the exporter's own.
         metadata: Texts to keep in the file.
 
     Raises:
-        ValueError: If ``opset`` is another one.
-        ExporterError: If this PyTorch's exporter does not do what was
-            asked for: that of 2.5 fixes all sizes and writes opset 18. No file is
-            written then.
+        ValueError: If ``opset`` is out of range.
+        ExporterError: If the exporter of this PyTorch cannot do it. The one of PyTorch 2.5
+            fixes all sizes and always writes opset 18. No file is written.
     """
     if opset is not None and opset not in OPSETS:
         raise ValueError(f'opset must be in {OPSETS[0]}-{OPSETS[-1]} or None, got {opset}')
@@ -109,7 +108,7 @@ def export_onnx(
 
 
 def run_onnx(path: Union[str, Path], images: Tensor) -> List[Tensor]:
-    """Outputs of an ONNX file for a batch of images, from ONNX Runtime on the CPU."""
+    """Run an ONNX file on a batch of images with ONNX Runtime on the CPU."""
     import onnxruntime  # needed here only
 
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
@@ -117,14 +116,14 @@ def run_onnx(path: Union[str, Path], images: Tensor) -> List[Tensor]:
 
 
 def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest error over the largest expected value of each tensor; of all tensors, the largest.
+    """Divide each tensor's largest error by its largest expected value; return the largest ratio.
 
     Raises:
-        ValueError: If number or shapes of the tensors differ.
+        ValueError: If the numbers or shapes of the tensors differ.
     """
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, expected)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f'outputs of the shapes {shapes[0]} instead of {shapes[1]}')
+        raise ValueError(f'the outputs have the shapes {shapes[0]}, expected {shapes[1]}')
     return max(
         float((out - ref).abs().max() / ref.abs().max().clamp(min=1e-12))
         for out, ref in zip(outputs, expected)

@@ -8,15 +8,16 @@ from typing import Iterator
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Give the name of a new file to write, which is moved to ``path`` if nothing fails.
+    """Write a file completely or not at all.
 
-    On an error ``path`` stays as it was and nothing is left behind.
+    Write to the file that this yields. It replaces ``path`` at the end. After an error, ``path``
+    is as it was before, and nothing else remains.
 
     Args:
-        path: Where the file is to be; its folder is made.
+        path: The file to write. Its folder is created if it is missing.
 
     Yields:
-        Name of an empty file in the same folder and with the same suffix.
+        Path of an empty file in the same folder, with the same suffix.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)

@@ -34,8 +34,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from mmlinglo.models.backbones.linglo import CONDITIONAL_ENCODINGS, LinGlo
-from mmlinglo.models.layers import ConditionalPositionalEncoding, KeyOnlyAttention
+from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo
+from mmlinglo.models.network import ENCODINGS
 
 from .checkpoint import CheckpointError, find_state_dict, load_model_weights
 
@@ -324,7 +324,7 @@ def _on_tokens(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _start_attention(ours: KeyOnlyAttention, theirs: nn.Module) -> None:
-    channels = ours.embed_dims
+    channels = ours.key.in_features
     ours.key.weight.copy_(theirs.kv.weight[channels:])
     ours.key.bias.copy_(theirs.kv.bias[channels:])
     ours.proj.load_state_dict(theirs.proj.state_dict())
@@ -347,13 +347,13 @@ def _start_encoding(
     first.norm.weight.copy_((first.norm.running_var + first.norm.eps).sqrt())
     first.norm.bias.copy_(first.norm.running_mean + dwconv.bias)
     for branch in others:
-        nn.init.zeros_(branch.norm.weight)
+        nn.init.zeros_(branch.bn.weight)
 
 
 def _check_variant(linglo: LinGlo) -> None:
     wrong = {
         'attention': linglo.attention != 'key_only',
-        'pos_encoding': linglo.pos_encoding not in CONDITIONAL_ENCODINGS,
+        'pos_encoding': linglo.pos_encoding not in ENCODINGS,
         'layout': 'C' in linglo.layout,
         'overlap': not linglo.patch_embed.overlap,
         'qkv_bias': not linglo.qkv_bias,

@@ -10,13 +10,14 @@ import subprocess
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
-from mmlinglo.analysis import ablations
+from mmlinglo.analysis import ablations, campaign
 
 CONFIGS = ROOT / 'configs/cifar10'
 WO_CH = dict(
@@ -148,45 +149,42 @@ def test_pickles_and_folders_are_the_same_data(data):
 )
 def test_subset_is_the_first_of_each_class(data, fraction, kept):
     """Image i of the pickles is of class i mod 10: the first two of each class are the first 20."""
-    cfg = load('linglo-b0').train_dataloader.dataset
-    cfg.update(data_root=str(data / 'pickles'), pipeline=[])
-    init_default_scope('mmpretrain')
-    subset = DATASETS.build(
-        dict(type='class_balanced_subset', dataset=dict(cfg), fraction=fraction)
-    )
-    full = DATASETS.build(cfg)
+    cfg = load('linglo-b0')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.update(data_root=str(data / 'pickles'), pipeline=[])
+    cfg.train_dataloader.batch_size = 5
+    full = DATASETS.build(cfg.train_dataloader.dataset)
+    assert campaign.count_images([cfg], fraction) == dict(train=len(kept), test=10)
+    subset = DATASETS.build(cfg.train_dataloader.dataset)
     assert len(subset) == len(kept)
     for i, j in enumerate(kept):
         assert np.array_equal(subset[i]['img'], full[j]['img'])
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert len(DATASETS.build(loader.dataset)) == 10
 
 
-def test_training_set(data):
-    """Epochs, seed, data root and shares arrive where the Runner reads them."""
-    cfg = load('linglo-b0')
-    root = str(data / 'pickles')
-    ablations.set_training(cfg, 3, epochs=2, data_root=root, fraction=0.6, test_fraction=1.0)
-    assert cfg.randomness.seed == 3
-    assert cfg.train_cfg.max_epochs == 2
-    assert cfg.train_dataloader.dataset.dataset.data_root == root
-    assert cfg.val_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == root
-    cfg.train_dataloader.batch_size = 15
-    assert ablations.count_images(cfg) == dict(train=30, test=10)
-    cfg.train_dataloader.batch_size = 16
+def test_every_config_gets_the_share(data):
+    configs = [load('linglo-b0'), load('resnet18')]
+    for cfg in configs:
+        cfg.train_dataloader.batch_size = 15
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.data_root = str(data / 'pickles')
+    assert campaign.count_images(configs, 0.6, 0.5) == dict(train=30, test=10)
+    first, second = (
+        [cfg[f'{name}_dataloader'].dataset.indices for name in ('train', 'val', 'test')]
+        for cfg in configs
+    )
+    assert first == second == [list(range(30)), list(range(10)), list(range(10))]
+    for cfg in configs:
+        cfg.train_dataloader.batch_size = 16
     with pytest.raises(ValueError, match='30 training images are less than two batches of 16'):
-        ablations.count_images(cfg)
+        campaign.count_images(configs)
 
 
 @pytest.mark.parametrize('fraction', [0, 1.5])
-def test_fraction_out_of_range(data, fraction):
-    cfg = load('linglo-b0')
-    ablations.set_training(cfg, 0, data_root=str(data / 'pickles'), fraction=fraction)
+def test_fraction_out_of_range(fraction):
     with pytest.raises(ValueError, match=rf'must be in \(0, 1\], got {fraction}'):
-        ablations.count_images(cfg)
-
-
-def test_one_epoch_is_not_enough():
-    with pytest.raises(ValueError, match=r'at least 2.*got 1'):
-        ablations.set_training(load('linglo-b0'), 0, epochs=1)
+        campaign.count_images([load('linglo-b0')], fraction)
 
 
 def test_parameters():
@@ -216,26 +214,28 @@ def test_model_that_cannot_be_built():
 def test_settings_are_kept_and_compared(tmp_path):
     path = tmp_path / 'row/seed0.py'
     cfg = load('linglo-b0-wo-ch')
-    ablations.keep_settings(cfg, path)
+    campaign.keep_settings(cfg, path)
     written = path.stat().st_mtime_ns
-    ablations.keep_settings(load('linglo-b0-wo-ch'), path)
+    campaign.keep_settings(load('linglo-b0-wo-ch'), path)
     assert path.stat().st_mtime_ns == written
     assert [p.name for p in path.parent.iterdir()] == ['seed0.py']
     cfg.train_cfg.max_epochs = 5
-    with pytest.raises(ValueError, match=r'train_cfg.max_epochs 30 instead of 5'):
-        ablations.keep_settings(cfg, path)
+    with pytest.raises(
+        ValueError, match=r'other settings[\s\S]*-.*max_epochs=30[\s\S]*\+.*max_epochs=5'
+    ):
+        campaign.keep_settings(cfg, path)
     (tmp_path / 'row/seed1').mkdir()
     with pytest.raises(ValueError, match='without its settings'):
-        ablations.keep_settings(cfg, tmp_path / 'row/seed1.py')
+        campaign.keep_settings(cfg, tmp_path / 'row/seed1.py')
 
 
 def test_a_training_is_taken_once(tmp_path):
     path = tmp_path / 'seed0.lock'
-    with ablations.lock(path) as first:
+    with campaign.lock(path) as first:
         assert first is not None
-        with ablations.lock(path) as second:
+        with campaign.lock(path) as second:
             assert second is None
-    with ablations.lock(path) as third:
+    with campaign.lock(path) as third:
         assert third is not None
 
 
@@ -255,25 +255,25 @@ def test_where_a_training_goes_on(tmp_path):
     settings = tmp_path / 'seed0.py'
     settings.write_text('train_cfg = dict(max_epochs=4)\n')
     work_dir = tmp_path / 'seed0'
-    assert not ablations.is_finished(tmp_path / 'never.py')
-    assert ablations.read_run(work_dir) == []
+    assert not campaign.is_finished(tmp_path / 'never.py')
+    assert campaign.read_run(work_dir).empty
     write_log(work_dir, '20260101_000000', {1: None})
-    assert ablations.read_run(work_dir) == []
-    assert ablations.checkpoint_to_resume(work_dir) is None
+    assert campaign.read_run(work_dir).empty
+    assert campaign.checkpoint_to_resume(work_dir) is None
     # Stopped while epoch 3 was validated; of the first two epochs, as usual, both checkpoints remain.
     write_log(work_dir, '20260101_000001', {1: 20.0, 2: 30.0, 3: None})
     for epoch in (2, 3):
         (work_dir / f'epoch_{epoch}.pth').touch()
-    assert ablations.checkpoint_to_resume(work_dir) == work_dir / 'epoch_2.pth'
+    assert campaign.checkpoint_to_resume(work_dir) == work_dir / 'epoch_2.pth'
     write_log(work_dir, '20260101_000002', {3: 35.0, 4: None})
     (work_dir / 'epoch_4.pth').touch()
-    assert not ablations.is_finished(settings)
-    assert ablations.checkpoint_to_resume(work_dir) == work_dir / 'epoch_3.pth'
+    assert not campaign.is_finished(settings)
+    assert campaign.checkpoint_to_resume(work_dir) == work_dir / 'epoch_3.pth'
     write_log(work_dir, '20260101_000003', {4: 40.0})
-    assert ablations.is_finished(settings)
-    assert ablations.read_run(work_dir) == [(1, 20.0), (2, 30.0), (3, 35.0), (4, 40.0)]
+    assert campaign.is_finished(settings)
+    assert campaign.read_run(work_dir).value.tolist() == [20.0, 30.0, 35.0, 40.0]
     (work_dir / 'epoch_4.pth').unlink()
-    assert not ablations.is_finished(settings)
+    assert not campaign.is_finished(settings)
 
 
 PROGRAM = """
@@ -300,13 +300,13 @@ def test_a_training_goes_on_and_keeps_its_last_checkpoint(tmp_path):
     (tmp_path / 'train.py').write_text(PROGRAM)
     settings, work_dir = tmp_path / 'seed0.py', tmp_path / 'seed0'
     settings.write_text('train_cfg = dict(max_epochs=3)\n')
-    with ablations.lock(tmp_path / 'seed0.lock') as locked:
-        assert not ablations.train(tmp_path / 'train.py', settings, locked)
+    with campaign.lock(tmp_path / 'seed0.lock') as locked:
+        assert not campaign.train(tmp_path / 'train.py', settings, locked)
         assert sorted(path.name for path in work_dir.glob('*.pth')) == [
             'epoch_1.pth',
             'epoch_2.pth',
         ]
-        assert ablations.train(tmp_path / 'train.py', settings, locked)
+        assert campaign.train(tmp_path / 'train.py', settings, locked)
     assert [path.name for path in work_dir.glob('*.pth')] == ['epoch_3.pth']
     assert (work_dir / 'train.log').read_text().splitlines() == [
         'stopped before epoch 3',
@@ -327,40 +327,40 @@ def test_an_interrupted_campaign_ends_its_training(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return super().wait(timeout)
 
-    monkeypatch.setattr(ablations.subprocess, 'Popen', Interrupted)
-    with ablations.lock(tmp_path / 'seed0.lock') as locked:
+    monkeypatch.setattr(campaign.subprocess, 'Popen', Interrupted)
+    with campaign.lock(tmp_path / 'seed0.lock') as locked:
         with pytest.raises(KeyboardInterrupt):
-            ablations.train(tmp_path / 'train.py', settings, locked)
+            campaign.train(tmp_path / 'train.py', settings, locked)
     assert started[0].returncode == -signal.SIGKILL
 
 
 def runs_of(**top1):
     """Trainings of two epochs by row, with these accuracies after the second."""
-    runs = {row: [] for row in ablations.ROWS}
-    for name, values in top1.items():
-        runs[name.replace('_', '-')] = [[(1, 10.0), (2, value)] for value in values]
-    return runs
+    rows = [
+        dict(row=name.replace('_', '-'), run=f'seed{seed}', step=step, value=value)
+        for name, values in top1.items()
+        for seed, last in enumerate(values)
+        for step, value in ((1, 10.0), (2, last))
+    ]
+    return pd.DataFrame(rows)
+
+
+def orders(runs):
+    return ablations.order_rows(ablations.summarize(runs[runs.step == 2], list(ablations.ROWS)))
 
 
 def verdicts(runs):
-    return {row['order']: row['verdict'] for row in ablations.order_rows(runs)}
+    return {row['order']: row['verdict'] for row in orders(runs)}
 
 
-def test_table():
-    params = {row: dict(params_m=3.5, deployed_params_m=3.3) for row in ablations.ROWS}
-    rows = ablations.result_rows(runs_of(linglo_b0=[50.0, 53.0], pvtv2_b0=[48.5]), params)
-    table = {row.pop('row'): row for row in rows}
-    assert list(table) == list(ablations.ROWS)
-    first = table['linglo-b0']
-    assert (first['seeds'], first['top1_mean'], first['top1_min'], first['top1_max']) == (
-        2,
-        51.5,
-        50.0,
-        53.0,
-    )
-    assert (first['paper_imagenet_top1'], first['params_m']) == (69.7, 3.5)
-    assert (table['pvtv2-b0']['seeds'], table['pvtv2-b0']['top1_mean']) == (1, 48.5)
-    assert (table['resnet18']['seeds'], table['resnet18']['top1_mean']) == (0, None)
+def test_summary():
+    runs = runs_of(linglo_b0=[50.0, 53.0], pvtv2_b0=[48.5])
+    summary = ablations.summarize(runs[runs.step == 2], list(ablations.ROWS))
+    assert list(summary.index) == list(ablations.ROWS)
+    assert summary.loc['linglo-b0'].tolist() == [2, 51.5, 50.0, 53.0]
+    assert summary.loc['pvtv2-b0'].tolist() == [1, 48.5, 48.5, 48.5]
+    assert summary.seeds['resnet18'] == 0
+    assert summary.loc['resnet18'][1:].isna().all()
 
 
 def test_order_that_held():
@@ -378,7 +378,7 @@ def test_order_within_noise():
     found = verdicts(runs)
     assert found['H-H-H-H > C-H-H-H'] == 'within noise'
     assert found['H-H-H-H > C-H-H-H > C-C-H-H'] == 'within noise'
-    row = next(r for r in ablations.order_rows(runs) if r['order'] == 'H-H-H-H > C-H-H-H')
+    row = next(r for r in orders(runs) if r['order'] == 'H-H-H-H > C-H-H-H')
     assert (row['paper'], row['difference'], row['spread'], row['paper_difference']) == (
         'Table 5',
         1.0,
@@ -436,4 +436,4 @@ def test_files(tmp_path):
     with open(out.parent / 'campaign_orders.csv') as file:
         orders = {row['order']: row for row in csv.DictReader(file)}
     assert orders['RP-CPE > CPE']['verdict'] == 'within noise'
-    assert cv2.imread(str(out.parent / 'campaign.png')).shape[:2] == (960, 1440)
+    assert cv2.imread(str(out.parent / 'campaign.png')).shape[:2] == (1200, 1800)

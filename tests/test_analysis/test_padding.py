@@ -1,10 +1,14 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import import_tool
 from torch import nn
 
 from mmlinglo.analysis.padding import LABELS, feature_shift, measure_cost, measure_shifts
+from mmlinglo.utils.cli import UsageError
 
 
 class MeanOfAll(nn.Module):
@@ -53,3 +57,15 @@ def test_cost_compares_the_same_work():
         assert row['ratio'] == pytest.approx(row['masked_ms'] / row['plain_ms'])
     with pytest.raises(ValueError, match='got 1'):
         measure_cost([(64, 96)], rounds=1)
+
+
+def test_tool(monkeypatch, tmp_path, capsys):
+    tool = import_tool('tools/analysis_tools/measure_padding.py')
+    monkeypatch.setattr(tool, 'SIZES', [(64, 96), (64, 64)])
+    args = '--paddings 32 --seeds 1 --rounds 2 --device cpu --out'
+    assert tool.main([*args.split(), str(tmp_path / 'new/out')]) == 0
+    rows = json.loads((tmp_path / 'new/out.json').read_text())['rows']
+    assert [row.get('backbone') for row in rows] == [*LABELS, None, None]
+    assert '| LinGlo-b0, mask_padding | 32 ' in capsys.readouterr().out
+    with pytest.raises(UsageError, match='--seeds must be at least 1, got 0'):
+        tool.main(['--seeds', '0'])

@@ -16,7 +16,7 @@ from mmlinglo import LinGlo
 from mmlinglo.analysis import SaliencyMaps, saliency_maps
 from mmlinglo.analysis.saliency import Grid
 from mmlinglo.analysis.saliency_figures import plot_saliency
-from mmlinglo.models.layers import KeyOnlyAttention
+from mmlinglo.models import KeyOnlyAttention
 from mmlinglo.utils.deploy import build_model, switch_to_deploy
 from mmlinglo.utils.inference import UnreadableError
 
@@ -81,7 +81,7 @@ def check_against_formula(model, image, cfg=None):
     assert not maps.skipped
     for key, (attention, x) in received.items():
         weights, expected = maps.weights[key], expected_weights(attention, x)
-        assert weights.shape[0] == attention.num_heads
+        assert weights.shape[0] == len(attention.saliency)
         assert weights.dtype == torch.float32
         np.testing.assert_allclose(weights.flatten(1).numpy(), expected, rtol=1e-3, atol=1e-7)
         np.testing.assert_allclose(weights.sum((1, 2)), 1, atol=1e-5)
@@ -89,31 +89,14 @@ def check_against_formula(model, image, cfg=None):
     return maps
 
 
-def orders_used(monkeypatch):
-    """Names of the attention's orders, in a set that is filled as they are computed in."""
-    used = set()
-    for order in ('literal', 'folded', 'spared'):
-        method = getattr(KeyOnlyAttention, f'_forward_{order}')
-
-        def spy(self, x, outside=None, method=method, order=order):
-            used.add(order)
-            return method(self, x, outside)
-
-        monkeypatch.setattr(KeyOnlyAttention, f'_forward_{order}', spy)
-    return used
-
-
-# 64 x 96 pixels are 16 * 24 positions of 8 channels in the first stage, 2 * 3 of 32 in the last.
-@pytest.mark.parametrize(
-    ('deploy', 'orders'), [(False, {'literal', 'folded'}), (True, {'folded', 'spared'})]
-)
-def test_weights_are_those_of_the_forward_pass(deploy, orders, monkeypatch):
+# 64 x 96 pixels are 16 * 24 positions of 8 channels in the first stage, 2 * 3 of 32 in the last:
+# the attention has cheaper orders than Eq. 2-4 for some of them, other ones when it is deployed.
+@pytest.mark.parametrize('deploy', [False, True])
+def test_weights_are_those_of_the_forward_pass(deploy):
     model = tiny()
     if deploy:
         model.switch_to_deploy()
-    used = orders_used(monkeypatch)
     maps = check_against_formula(model, torch.randn(3, 64, 96))
-    assert used == orders
     assert list(maps.weights) == BLOCKS
     assert [tuple(maps.weights[i, 0].shape) for i in range(4)] == [
         (1, 16, 24), (2, 8, 12), (3, 4, 6), (4, 2, 3)
@@ -261,11 +244,59 @@ def test_sheet(tmp_path):
     ).items():
         plot_saliency(maps, tmp_path / name / 'sheet.png', 'title', **options)
         assert [p.name for p in (tmp_path / name).iterdir()] == ['sheet.png']
-        sizes[name] = cv2.imread(str(tmp_path / name / 'sheet.png')).shape[:2]
-    assert sizes['all'][0] > sizes['mean'][0] > sizes['one'][0]
+        sizes[name] = np.prod(cv2.imread(str(tmp_path / name / 'sheet.png')).shape[:2])
+    assert sizes['all'] > sizes['mean'] >= sizes['one']
     with pytest.raises(ValueError, match=r'stages=\[7\].*\(0, 0\), \(1, 0\), \(1, 1\)'):
         plot_saliency(maps, tmp_path / 'no' / 'sheet.png', 'title', stages=[7])
     assert not (tmp_path / 'no').exists()
+
+
+def test_colours_lie_where_the_weights_do(tmp_path):
+    """One bright position among equal ones: the brightest pixels of its tile are around its centre."""
+    picture = np.full((64, 96, 3), 100, np.uint8)
+    weights = torch.full((1, 16, 24), 1 / 384)
+    weights[0, 4:8, 12:16] = 2 / 384
+    maps = SaliencyMaps({(0, 0): weights}, picture, {0: Grid(4, 1.5)}, {})
+    plot_saliency(maps, tmp_path / 'sheet.png', 'title')
+    sheet = cv2.imread(str(tmp_path / 'sheet.png'))
+    sheet = sheet[: int(0.82 * len(sheet)), sheet.shape[1] // 2 :]  # right half, without the scale
+    low = (sheet > 20).all(2) & (sheet < 60).all(2)  # low weights, on grey
+    (rows,), (columns,) = (np.nonzero(low.sum(axis) > 100) for axis in (1, 0))
+    top, left, bottom, right = rows.min(), columns.min(), rows.max(), columns.max()
+    tile = sheet[top:bottom, left:right].astype(int)
+    rows, columns = np.nonzero(tile[..., 2] - tile[..., 0] > 40)  # orange and yellow
+    assert rows.mean() / tile.shape[0] == pytest.approx(6 / 16, abs=0.03)
+    assert columns.mean() / tile.shape[1] == pytest.approx(14 / 24, abs=0.03)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_another_number_of_channels(channels, tmp_path):
+    """By the config's own loader; in the sheet as shades of grey."""
+    cfg = Config.fromfile(CLASSIFIER)
+    cfg.model.backbone.update(arch=TINY_ARCH, in_channels=channels)
+    cfg.model.head.in_channels = TINY_ARCH['embed_dims'][-1]
+    preprocessor = dict(mean=[100.0] * channels, std=[50.0] * channels, to_rgb=False)
+    cfg.data_preprocessor.update(preprocessor)
+    flag = 'grayscale' if channels == 1 else 'unchanged'
+    cfg.test_dataloader.dataset.pipeline[0].update(color_type=flag, imdecode_backend='cv2')
+    model = peaked_(build_model(cfg))
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 90, channels), np.uint8)
+    cv2.imwrite(str(tmp_path / 'scene.png'), pixels)
+    maps = check_against_formula(model, tmp_path / 'scene.png', cfg)
+    assert maps.picture.shape == (96, 96, 3)
+    assert (np.ptp(maps.picture, axis=2) == 0).all()
+    assert maps.picture.min() == 0
+    assert maps.picture.max() == 255
+    if channels == 4:
+        again = saliency_maps(model, pixels, cfg)
+        for block, weights in again.weights.items():
+            assert torch.equal(weights, maps.weights[block])
+    with pytest.raises(ValueError, match=rf'shape \(H, W, {channels}\).*got \(60, 90, 3\)'):
+        saliency_maps(model, np.zeros((60, 90, 3), np.uint8), cfg)
+    (tmp_path / 'damaged.png').write_bytes(b'no picture')
+    with pytest.raises(UnreadableError, match='damaged'):
+        saliency_maps(model, tmp_path / 'damaged.png', cfg)
 
 
 def test_importing_the_package_needs_no_optional_package():
@@ -325,7 +356,7 @@ def test_wrong_pictures(tmp_path, picture):
             saliency_maps(model, path, cfg)
     with pytest.raises(UnreadableError, match='not-there'):
         saliency_maps(model, tmp_path / 'not-there.png', cfg)
-    with pytest.raises(ValueError, match=r'\(H, W, 3\), got \(20, 30\)'):
+    with pytest.raises(ValueError, match=r'\(H, W, 3\), .*got \(20, 30\)'):
         saliency_maps(model, np.zeros((20, 30), np.uint8), cfg)
     with pytest.raises(ValueError, match=r'\(3, H, W\), got \(1, 3, 64, 64\)'):
         saliency_maps(model, torch.zeros(1, 3, 64, 64))

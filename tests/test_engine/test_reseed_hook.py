@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from toy import SIZE, Recorder, build_runner
 
@@ -101,3 +102,34 @@ def test_iterations_drop_and_repeat_nothing(tmp_path):
     indices = torch.cat([recorder.data[i][:, 0] for i in range(12)])
     for start in range(0, 40, SIZE):
         assert sorted(indices[start : start + SIZE].tolist()) == list(range(SIZE))
+
+
+class Processes(Hook):
+    """Process numbers of the data workers in each epoch."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def after_train_epoch(self, runner):
+        self.epochs.append([worker.pid for worker in runner.train_dataloader._iterator._workers])
+
+
+def test_data_workers_live_on(tmp_path):
+    processes = Processes()
+    hooks = [processes, ReseedHook()]
+    build_runner(tmp_path, hooks=hooks, workers=2, persistent=True).train()
+    assert len(processes.epochs) == 4
+    assert len(set(map(tuple, processes.epochs))) == 1
+
+
+def test_the_number_of_workers_does_not_matter(tmp_path):
+    weights, first = train(tmp_path / 'none')
+    resumed, second = train(tmp_path / 'two', workers=2, resume=str(tmp_path / 'none/epoch_2.pth'))
+    assert same(weights, resumed)
+    assert all(torch.equal(first.data[i], data) for i, data in second.data.items())
+
+
+def test_loading_leaves_the_random_numbers_of_the_training_alone(tmp_path):
+    """Without data workers both draw in one process."""
+    losses = [train(tmp_path / str(n), workers=n)[1].losses for n in (0, 1)]
+    assert losses[0] == losses[1]

@@ -10,10 +10,11 @@ import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import Dataset
+
+from mmlinglo.engine import TrainingRunner
 
 NUMBERS = itertools.count()  # mmengine keeps loggers and message hubs by name
 SIZE = 10  # samples: three batches of 4, the last one smaller
@@ -86,7 +87,7 @@ class Recorder(Hook):
         self.validations.append((runner.epoch, runner.iter))
 
 
-class ToyRunner(Runner):
+class ToyRunner(TrainingRunner):
     def _log_env(self, env_cfg):
         """Nothing: it starts compilers to learn their versions."""
 
@@ -110,6 +111,9 @@ def build_runner(
     val_interval=None,
     poison=None,
     optim_wrapper=None,
+    param_scheduler=None,
+    auto_scale_lr=None,
+    model=None,
     resume=False,
     load_from=None,
 ):
@@ -124,14 +128,16 @@ def build_runner(
     length = length or (4 if by_epoch else 12)
     torch.manual_seed(0)  # of the weights
     return ToyRunner(
-        Toy(poison),
+        model or Toy(poison),
         str(work_dir),
         train_dataloader=loader,
         train_cfg=dict(by_epoch=True, max_epochs=length, val_interval=val_interval or 2)
         if by_epoch
         else dict(by_epoch=False, max_iters=length, val_interval=val_interval or 6),
         optim_wrapper=optim_wrapper or dict(optimizer=dict(type='AdamW', lr=0.1)),
-        param_scheduler=dict(type='CosineAnnealingLR', by_epoch=by_epoch, T_max=12),
+        param_scheduler=param_scheduler
+        or dict(type='CosineAnnealingLR', by_epoch=by_epoch, T_max=12),
+        auto_scale_lr=auto_scale_lr,
         val_dataloader=dict(
             batch_size=4,
             dataset=Noisy(),

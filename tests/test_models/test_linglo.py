@@ -1,14 +1,19 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import copy
 import math
+import re
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY_ARCH, randomize_norms_
+from conftest import ROOT, TINY_ARCH, randomize_norms_
 from reference import linglo_parameters
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
+from torchvision.models.feature_extraction import create_feature_extractor
 
+import mmlinglo
 from mmlinglo import LinGlo
 
 STRIDES = (4, 8, 16, 32)
@@ -39,8 +44,9 @@ def test_output_shapes(size, out_indices):
 def test_parameter_counts(arch, deploy, millions):
     model = LinGlo(arch, out_indices=(3,), deploy=deploy)
     head = torch.nn.Linear(model.arch['embed_dims'][-1], 1000)
+    sizes = {key: model.arch[key] for key in ('embed_dims', 'depths', 'num_heads', 'mlp_ratio')}
     counted = sum(p.numel() for module in (model, head) for p in module.parameters())
-    assert counted == linglo_parameters(**LinGlo.arch_zoo[arch], num_classes=1000, deploy=deploy)
+    assert counted == linglo_parameters(**sizes, num_classes=1000, deploy=deploy)
     assert counted / 1e6 == pytest.approx(millions[arch], rel=5e-3)
 
 
@@ -114,7 +120,7 @@ def test_checkpointing_changes_nothing(norm_eval):
 
 def test_drop_path_rates():
     model = LinGlo('b0', drop_path_rate=0.1)
-    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    rates = [block.drop_path.p for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.1 * i / 9 for i in range(10)])
 
 
@@ -157,6 +163,7 @@ def test_initialization():
     kernel = block.ffn.pos_encoding.branches[0].conv.weight
     assert kernel.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
     assert block.attn.key.bias.count_nonzero() == 0
+    assert block.attn.saliency.std().item() == pytest.approx(0.02, rel=0.3)
     assert torch.equal(block.norm1.weight, torch.ones(160))
 
 
@@ -192,7 +199,7 @@ def test_arch_of_another_number_of_stages():
         (dict(frozen_stages=5), r'\[-1, 4\], got 5'),
         (dict(drop_path_rate=1.0), 'got 1.0'),
         (dict(attention='query_key'), r"\['key_only', 'dot_product'\], got 'query_key'"),
-        (dict(pos_encoding='RPCPE'), r"'RP-CPE', 'absolute', None\), got 'RPCPE'"),
+        (dict(pos_encoding='RPCPE'), r"'RP-CPE', 'absolute', None\], got 'RPCPE'"),
         (dict(layout='C-H'), "'C-C-H-H', got 'C-H'"),
         (dict(layout='CCHH'), "got 'CCHH'"),
         (dict(layout='C-C-H-H', pos_encoding='absolute'), "got 'absolute'"),
@@ -204,9 +211,61 @@ def test_bad_arguments(kwargs, message):
         LinGlo(**kwargs)
 
 
-def test_images_must_not_be_too_small():
-    with pytest.raises(ValueError, match=r'\(1, 3, 31, 64\)'):
-        tiny()(torch.rand(1, 3, 31, 64))
+@pytest.mark.parametrize(
+    ('strides', 'out_indices', 'smallest'),
+    [((4, 2, 2, 2), (0, 3), 32), ((4, 2, 2, 2), (1,), 8), ((4, 1), (1,), 4), ((4, 2, 2, 2, 2), -1, 64)],
+)  # fmt: skip
+def test_images_must_not_be_smaller_than_the_largest_stride(strides, out_indices, smallest):
+    n = len(strides)
+    arch = dict(embed_dims=[8] * n, depths=[1] * n, num_heads=[2] * n, mlp_ratio=[2] * n)
+    model = LinGlo(arch={**arch, 'strides': strides}, out_indices=out_indices)
+    model(torch.rand(2, 3, smallest, smallest))
+    shape = (2, 3, smallest - 1, 64)
+    with pytest.raises(ValueError, match=rf'at least {smallest} pixels .*{re.escape(str(shape))}'):
+        model(torch.rand(shape))
+
+
+def test_stage_numbers_of_numpy():
+    for out_indices in (np.int64(3), np.array([1, 3]).tolist(), [np.int64(-1), np.int32(1)]):
+        outs = tiny(out_indices=out_indices)(torch.rand(2, 3, 32, 32))
+        assert outs[0].shape[1] in TINY_ARCH['embed_dims']
+
+
+VARIANTS_BEFORE = torch.load(ROOT / 'tests/data/linglo_before_network_py.pth')
+
+
+@pytest.mark.parametrize('name', VARIANTS_BEFORE['variants'])
+@pytest.mark.parametrize('literal', [False, True])
+def test_weights_and_outputs_of_the_code_before_network_py(name, literal):
+    """A file that version 0.1.0 wrote: state dicts, training and deployed, maps and statistics."""
+    arch, images, variants = (VARIANTS_BEFORE[key] for key in ('arch', 'images', 'variants'))
+    variant = variants[name]
+    models = {'eval': LinGlo(arch, out_indices=(0, 1), **variant['arguments'])}
+    models['eval'].load_state_dict(variant['state_dict'])
+    models['train'] = copy.deepcopy(models['eval'])
+    models['eval'].eval()
+    if 'deployed' in variant:
+        models['deployed'] = LinGlo(arch, out_indices=(0, 1), deploy=True, **variant['arguments'])
+        models['deployed'].load_state_dict(variant['deployed'])
+        models['deployed'].eval()
+    for mode, model in models.items():
+        with torch.no_grad(), mmlinglo.literal() if literal else nullcontext():
+            outs = model(images)
+        assert_close(outs, tuple(variant['eval' if mode == 'deployed' else mode]), rtol=1e-4, atol=1e-5)  # fmt: skip
+    state = models['train'].state_dict()
+    for key, value in variant['running'].items():
+        assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_fx_traces_the_network():
+    model = tiny().eval()
+    extractor = create_feature_extractor(model, ['stages.2', 'norm3'])
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), mmlinglo.literal():
+        maps = extractor(x)
+        expected = model(x)[3]
+    assert maps['stages.2'].shape == (1, 4, 4, TINY_ARCH['embed_dims'][2])
+    assert_close(maps['norm3'].permute(0, 3, 1, 2), expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from mmlinglo import LinGlo
 from mmlinglo.models import DotProductAttention
-from mmlinglo.models.layers import AbsolutePositionEmbedding
+from mmlinglo.models.network import AbsolutePositionEmbedding
 
 ISOTROPIC = dict(
     embed_dims=(12,) * 4,
@@ -139,11 +139,13 @@ def test_dot_product_attention():
         weights = (q @ k.transpose(1, 2) / math.sqrt(4)).exp()
         heads.append(weights / weights.sum(-1, keepdim=True) @ v)
     assert_close(attn(x), attn.proj(torch.cat(heads, dim=-1)), rtol=1e-10, atol=1e-10)
-    with pytest.raises(ValueError, match='num_heads=5 for embed_dims=64'):
-        DotProductAttention(64, 5)
+    with pytest.raises(ValueError, match='num_heads=5 must divide embed_dims=32 of its stage'):
+        LinGlo(
+            arch={**LinGlo.arch_zoo['b0'].to_dict(), 'num_heads': (5, 2, 5, 8)},
+            attention='dot_product',
+        )
     assert attn.qkv.bias is not None
     assert DotProductAttention(12, 3, qkv_bias=False).qkv.bias is None
-    assert str(attn).startswith('DotProductAttention(\n  embed_dims=12, num_heads=3\n')
 
 
 def test_key_only_and_dot_product_attention_have_the_same_size():

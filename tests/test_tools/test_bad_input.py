@@ -39,7 +39,7 @@ def test_missing_config(tool, tmp_path):
         'infer': ['tools/infer.py', 'nowhere.py', 'x.pth', tmp_path, '--out-dir', tmp_path / 'out'],
         'reparameterize': [CONVERT, 'nowhere.py', 'x.pth', tmp_path / 'out.pth'],
     }[tool]
-    assert error_of(*args) == "error: config 'nowhere.py' not found"
+    assert error_of(*args).startswith("error: config 'nowhere.py' not found")
     assert not list(tmp_path.iterdir())
 
 

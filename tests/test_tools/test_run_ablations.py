@@ -2,7 +2,6 @@
 """A campaign that is interrupted, goes on, meets a training that fails, and skips what is finished."""
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -12,7 +11,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_tool
+from conftest import ROOT, import_tool, run_tool
+
+from mmlinglo.utils.cli import UsageError
 
 TOOL = 'tools/analysis_tools/run_ablations.py'
 EPOCHS = 4
@@ -102,7 +103,8 @@ def test_campaign(cifar10, tmp_path):
     assert result.stdout.count('(finished before)') == 2
     other = run_tool(TOOL, *arguments(cifar10, work_dir, out, epochs=3), check=False)
     assert other.returncode == 1
-    assert 'made with other settings: train_cfg.max_epochs 4 instead of 3' in other.stderr
+    assert 'made with other settings' in other.stderr
+    assert re.search(r'^-.*max_epochs=4', other.stderr, re.M)
     assert state(second) == finished
 
 
@@ -117,14 +119,10 @@ def test_campaign(cifar10, tmp_path):
     ],
 )
 def test_mistakes(cifar10, tmp_path, monkeypatch, more, message):
-    spec = importlib.util.spec_from_file_location('run_ablations', ROOT / TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = import_tool(TOOL)
     work_dir = tmp_path / 'work'
-    command = [TOOL, '--rows', 'resnet18', '--data-format', 'folder', '--data-root', cifar10]
-    command += ['--work-dir', work_dir, *more]
-    monkeypatch.setattr(sys, 'argv', [str(word) for word in command])
+    command = ['--rows', 'resnet18', '--data-format', 'folder', '--data-root', cifar10]
     monkeypatch.setattr(signal, 'signal', lambda *_: None)
-    with pytest.raises(tool.UsageError, match=re.escape(message)):
-        tool.main()
+    with pytest.raises(UsageError, match=re.escape(message)):
+        tool.main([str(word) for word in (*command, '--work-dir', work_dir, *more)])
     assert not work_dir.exists()

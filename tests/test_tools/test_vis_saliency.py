@@ -5,12 +5,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_ARCH, run_tool
-from test_figure_tools import run_here
+from conftest import ROOT, TINY_ARCH, import_tool, run_tool
 
 from mmlinglo.analysis import saliency_maps
 from mmlinglo.analysis.saliency_figures import plot_saliency
-from mmlinglo.utils.cli import load_config
+from mmlinglo.utils import CheckpointError
+from mmlinglo.utils.cli import UsageError, load_config
 from mmlinglo.utils.deploy import build_model, switch_to_deploy
 
 TOOL = 'tools/visualization/vis_saliency.py'
@@ -43,12 +43,8 @@ def write_picture(path):
     return path
 
 
-def error_here(monkeypatch, *args):
-    """Message that ends the tool, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        run_here(monkeypatch, TOOL, *args)
-    assert stop.value.code.startswith('error: ')
-    return stop.value.code
+def run_here(*args):
+    return import_tool(TOOL).main([str(arg) for arg in args])
 
 
 @pytest.mark.parametrize('deploy', [False, True])
@@ -60,12 +56,12 @@ def error_here(monkeypatch, *args):
         (['--mean-heads', '--stages', 1], dict(stages=[1], mean_heads=True)),
     ],
 )
-def test_sheet_of_a_checkpoint(classifier, args, options, deploy, tmp_path, monkeypatch):
+def test_sheet_of_a_checkpoint(classifier, args, options, deploy, tmp_path):
     config, checkpoint = classifier
     image = write_picture(tmp_path / 'scene.png')
     flags = ['--deploy'] if deploy else []
     run_here(
-        monkeypatch, TOOL, config, checkpoint, image, '--out-dir', tmp_path, '--device', 'cpu',
+        config, checkpoint, image, '--out-dir', tmp_path, '--device', 'cpu',
         *args, *flags,
     )  # fmt: skip
 
@@ -81,14 +77,14 @@ def test_sheet_of_a_checkpoint(classifier, args, options, deploy, tmp_path, monk
     assert sheet == (tmp_path / 'expected.png').read_bytes()
 
 
-def test_names_of_the_sheets(classifier, tmp_path, monkeypatch):
+def test_names_of_the_sheets(classifier, tmp_path):
     """Pictures of the same name get sheets of their own, and no sheet replaces a picture."""
     out = tmp_path / 'out'
     names = ['a/scene.png', 'b/scene.png', 'b/scene.jpg', 'out/scene_saliency.png', 'b/...png']
     images = [write_picture(tmp_path / name) for name in names]
     before = [image.read_bytes() for image in images]
     args = ['--out-dir', out, '--stages', 3, '--mean-heads']
-    run_here(monkeypatch, TOOL, *classifier, *images, images[0], *args)
+    run_here(*classifier, *images, images[0], *args)
     assert [image.read_bytes() for image in images] == before
     assert {path.name for path in out.iterdir()} == {
         'scene_saliency.png',  # the picture
@@ -116,7 +112,7 @@ def test_damaged_pictures_are_skipped(classifier, tmp_path):
     assert [path.name for path in out.iterdir()] == ['c_saliency.png']
 
 
-def test_stages_without_weights_are_named(classifier, tmp_path, monkeypatch, capsys):
+def test_stages_without_weights_are_named(classifier, tmp_path, capsys):
     config, _ = classifier
     layout = tmp_path / 'layout.py'
     layout.write_text(f"_base_ = '{config}'\nmodel = dict(backbone=dict(layout='C-H-H-H'))\n")
@@ -124,16 +120,18 @@ def test_stages_without_weights_are_named(classifier, tmp_path, monkeypatch, cap
     torch.save({'state_dict': weights}, tmp_path / 'layout.pth')
     image = write_picture(tmp_path / 'scene.png')
     args = ['--out-dir', tmp_path, '--stages', 3]
-    run_here(monkeypatch, TOOL, layout, tmp_path / 'layout.pth', image, *args)
+    run_here(layout, tmp_path / 'layout.pth', image, *args)
     assert 'without stage 0: ConvBlock has no attention' in capsys.readouterr().out
 
 
-def test_mistakes(classifier, tmp_path, monkeypatch):
+def test_mistakes(classifier, tmp_path):
     config, checkpoint = classifier
     image, out = write_picture(tmp_path / 'scene.png'), tmp_path / 'out'
 
     def error(*args):
-        return error_here(monkeypatch, *args, '--out-dir', out)
+        with pytest.raises((UsageError, CheckpointError, FileNotFoundError)) as stop:
+            run_here(*args, '--out-dir', out)
+        return str(stop.value)
 
     assert "config 'no.py' not found" in error('no.py', checkpoint, image)
     assert 'no.pth' in error(config, tmp_path / 'no.pth', image)

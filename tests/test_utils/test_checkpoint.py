@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import TINY_ARCH, randomize_norms_
 from mmengine.logging import HistoryBuffer, MMLogger
-from mmengine.model import PretrainedInit
+from mmengine.model import ExponentialMovingAverage, PretrainedInit
+from torch.optim.swa_utils import AveragedModel
 
 from mmlinglo import LinGlo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
+from mmlinglo.utils.checkpoint import check_resumable
 
 
 def source_backbone(**kwargs):
@@ -273,3 +275,81 @@ def test_a_url_is_read_safely_and_kept(tmp_path, monkeypatch):
     assert torch.equal(
         load_checkpoint_file(f'{address}/good.pth')['state_dict']['weight'], torch.ones(2)
     )
+
+
+class Wrapped(torch.nn.Module):
+    """As DistributedDataParallel names its model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    ('wrap', 'named'),
+    [
+        (torch.compile, 'torch.compile'),
+        (Wrapped, 'DistributedDataParallel or EMA'),
+        (lambda model: Wrapped(torch.compile(model)), 'EMA and torch.compile'),
+        (lambda model: torch.compile(Wrapped(model)), 'EMA and torch.compile'),
+        (lambda model: Wrapped(Wrapped(model)), 'EMA'),
+        (AveragedModel, 'EMA'),
+        (ExponentialMovingAverage, 'EMA'),
+        (lambda model: AveragedModel(Wrapped(torch.compile(model))), 'EMA and torch.compile'),
+    ],
+)
+def test_prefixes_of_wrappers_are_removed(wrap, named, log, tmp_path):
+    model = torch.nn.Sequential(OrderedDict(backbone=source_backbone(), head=torch.nn.Linear(2, 2)))
+    file = tmp_path / 'wrapped.pth'
+    torch.save({'state_dict': wrap(model).state_dict()}, file)
+
+    twin = torch.nn.Sequential(OrderedDict(backbone=source_backbone(), head=torch.nn.Linear(2, 2)))
+    load_model_weights(twin, load_checkpoint_file(str(file)), 'file')
+    backbone = pretrained(file, out_indices=(3,))
+    backbone.init_weights()
+    for key, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[key], value), key
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(backbone.state_dict()[key], value), key
+    assert f'prefixes of {named}' in log.text or f'{named} removed' in log.text
+
+
+@pytest.mark.parametrize('wrap', [torch.compile, Wrapped])
+def test_a_wrapped_backbone_in_a_plain_model(wrap, tmp_path):
+    source = source_backbone()
+    torch.save(torch.nn.ModuleDict(dict(backbone=wrap(source))).state_dict(), tmp_path / 'w.pth')
+    model = pretrained(tmp_path / 'w.pth', out_indices=(3,))
+    model.init_weights()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_what_is_missing_behind_a_wrapper_is_missing():
+    model = torch.nn.Linear(2, 2)
+    weights = torch.compile(model).state_dict()
+    del weights['_orig_mod.bias']
+    with pytest.raises(CheckpointError, match='1 tensors missing: bias'):
+        load_model_weights(model, {'state_dict': weights}, 'file')
+
+
+def test_names_that_only_look_like_wrappers_stay():
+    model = torch.nn.ModuleDict(dict(module=torch.nn.Linear(2, 2)))
+    model.weight = torch.nn.Parameter(torch.zeros(2, 2))
+    model.bias = torch.nn.Parameter(torch.zeros(2))
+    load_model_weights(model, {'state_dict': model.state_dict()}, 'file')
+
+
+def test_resuming_another_model_or_optimizer_is_refused():
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint = dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict())
+    check_resumable(model, [optimizer], checkpoint, 'file')
+    several = dict(checkpoint, optimizer=dict(a=optimizer.state_dict(), b=optimizer.state_dict()))
+    check_resumable(model, [optimizer, optimizer], several, 'file')
+
+    other = torch.nn.Linear(2, 4)
+    message = r'\(3, 2\) instead of \(4, 2\).*another .*--cfg-options load_from=file'
+    with pytest.raises(CheckpointError, match=message):
+        check_resumable(other, [torch.optim.AdamW(other.parameters())], checkpoint, 'file')
+    for groups in ([model.weight], [{'params': [model.weight]}, {'params': [model.bias]}]):
+        with pytest.raises(CheckpointError, match=r'2 parameters in 1 groups.*load_from=file'):
+            check_resumable(model, [torch.optim.AdamW(groups)], checkpoint, 'file')

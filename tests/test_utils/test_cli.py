@@ -2,6 +2,7 @@
 """Mistakes in arguments and configs, in this process; test_bad_input.py has the command lines."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ def test_an_unknown_type_is_a_mistake():
         run(lambda: MODELS.build(dict(type='NoSuchModel')))
 
 
-@pytest.mark.parametrize('error', [KeyError('a key'), RuntimeError('a fault of ours')])
+@pytest.mark.parametrize(
+    'error', [KeyError('a key'), KeyError('x is not in the registry'), RuntimeError('a fault')]
+)
 def test_other_errors_keep_their_traceback(error):
     def main():
         raise error
@@ -52,7 +55,69 @@ def test_other_errors_keep_their_traceback(error):
 def test_a_tool_that_succeeds():
     done = []
     run(lambda: done.append(1))
+    run(lambda: 0)
     assert done == [1]
+
+
+def test_a_tool_that_returns_its_exit_status():
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: 3)
+    assert ended.value.code == 3
+
+
+def test_an_error_in_a_config_is_shown_with_its_line(tmp_path, capsys):
+    (tmp_path / 'base.py').write_text('def count():\n    return 1 / 0\n\nx = count()\n')
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = './base.py'\n")
+    with pytest.raises(SystemExit, match=r'^error: config .*: ZeroDivisionError: division by zero'):
+        run(lambda: load_config(str(config)))
+    shown = capsys.readouterr().err
+    assert f'"{tmp_path / "base.py"}", line 4' in shown
+    assert 'return 1 / 0' in shown
+    assert 'mmengine' not in shown
+
+
+def test_a_failing_custom_import_is_shown_with_its_cause(tmp_path, capsys, monkeypatch):
+    (tmp_path / 'my_broken_project.py').write_text('import absent_package\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / 'config.py'
+    config.write_text("custom_imports = dict(imports=['my_broken_project'])\n")
+    with pytest.raises(SystemExit, match=r'^error: config .*: ImportError'):
+        run(lambda: load_config(str(config)))
+    shown = capsys.readouterr().err
+    assert 'my_broken_project.py", line 1' in shown
+    assert "No module named 'absent_package'" in shown
+
+
+@pytest.mark.parametrize(
+    'name', ['retinanet_linglo-b0_fpn_1x_coco', 'linglo-b0-cpe_8xb128-100e_in1k']
+)
+def test_recipes_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(load_config(name).filename).stem == name
+    (tmp_path / name).write_text("model = dict()\ndefault_scope = 'mmdet'\n")
+    with pytest.raises(UsageError, match='Only py/yml/yaml/json type are supported'):
+        load_config(name)  # an existing file wins
+
+
+@pytest.mark.parametrize(
+    ('name', 'similar'),
+    [
+        ('retinanet_linglo-b0_fpn_1x_cocoo', "Did you mean 'retinanet_linglo-b0_fpn_1x_coco'"),
+        ('retinanet_linglo-b0', "Did you mean 'retinanet_linglo-b0_fpn_"),
+        ('configs/coco/retinanet_linglo-b0_fpn_1x_coc.py', "'retinanet_linglo-b0_fpn_1x_coco'"),
+        ('no/retinanet_linglo-b0_fpn_1x_coco.py', "give 'retinanet_linglo-b0_fpn_1x_coco'"),
+        ('xyz', r"no recipe is named 'xyz'\. mmlinglo\.list_models"),
+    ],
+)
+def test_misspelt_recipes(name, similar):
+    with pytest.raises(UsageError, match=rf"^config '{name}' not found.*{similar}"):
+        load_config(name)
+
+
+def test_recipe_names_are_unique():
+    names = [path.stem for path in ROOT.glob('configs/[!_]*/*.py')]
+    assert len(names) == len(set(names)) > 60
 
 
 def test_config_with_settings():

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from torch.export import Dim
 
 from mmlinglo import LinGlo
-from mmlinglo.utils.export import export_onnx, preprocessing, relative_error, run_onnx
+from mmlinglo.utils.export import describe_preprocessing, export_onnx, relative_error, run_onnx
 from mmlinglo.utils.files import complete_file
 
 ARCH = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratio=(2, 2))
@@ -183,14 +183,14 @@ def test_relative_error():
     ],
 )
 def test_preprocessing_of_the_recipes(config, order):
-    found = preprocessing(Config.fromfile(ROOT / 'configs' / config))
+    found = describe_preprocessing(Config.fromfile(ROOT / 'configs' / config))
     assert found['channel_order'] == order
     assert json.loads(found['mean']) == [123.675, 116.28, 103.53]
     assert json.loads(found['std']) == [58.395, 57.12, 57.375]
 
 
 def test_preprocessing_that_a_config_does_not_state():
-    assert preprocessing(Config(dict(model=dict(type='ImageClassifier')))) == dict(
+    assert describe_preprocessing(Config(dict(model=dict(type='ImageClassifier')))) == dict(
         channel_order='BGR', mean='[0.0, 0.0, 0.0]', std='[1.0, 1.0, 1.0]'
     )
 

@@ -152,7 +152,7 @@ def test_papers_sizes(size):
     timm = pytest.importorskip('timm')
     theirs = timm.create_model(f'pvt_v2_{size}')
     weights, head = timm_weights(theirs.state_dict(), 'x.pth')
-    load_pvtv2(weights, LinGlo._parse_arch(size), 'x.pth')
+    load_pvtv2(weights, LinGlo.arch_zoo[size], 'x.pth')
     assert head['weight'].shape == (1000, dict(b0=256).get(size, 512))
 
 
@@ -255,7 +255,7 @@ def plain_copy(theirs, ours):
                 block.norm2.load_state_dict(their_block.norm2.state_dict())
                 block.ffn.fc1.load_state_dict(their_block.mlp.fc1.state_dict())
                 block.ffn.fc2.load_state_dict(their_block.mlp.fc2.state_dict())
-                channels = block.attn.embed_dims
+                channels = block.attn.key.in_features
                 block.attn.key.weight.copy_(their_block.attn.kv.weight[:channels])
                 block.attn.value.weight.copy_(their_block.attn.kv.weight[channels:])
                 block.attn.proj.load_state_dict(their_block.attn.proj.state_dict())

@@ -1,52 +1,45 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Count parameters and operations of a classifier, detector or segmentor for one image.
+"""Count the parameters and multiply-adds of a classifier, detector or segmentor for one image.
 
-Prints them for each part and operator, in the training form (as evaluated) and re-parameterised, and
-writes <out>.json, <out>.csv and <out>.png. What is counted, and how: mmlinglo/analysis/complexity.py.
+Prints them by part and operator, for the training form (as evaluated) and the deployed one, and
+writes <out>.json, <out>.csv and <out>.png. What is counted: see mmlinglo/analysis/complexity.py.
 """
 
 import argparse
 from pathlib import Path
+from typing import List, Optional
 
-import torch
-
-from mmlinglo.analysis.complexity import (
-    complexity_rows,
-    count_forms,
-    image_shape,
-    padded_shape,
-    plot_complexity,
-)
-from mmlinglo.analysis.report import format_table, provenance, with_suffix, write_report
+from mmlinglo.analysis.complexity import complexity_rows, count_forms, image_shape, padded_shape
+from mmlinglo.analysis.figures import plot_complexity
+from mmlinglo.analysis.report import format_table, provenance, write_report
 from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.add_argument(
         '--shape',
         nargs=2,
         type=int,
         metavar=('HEIGHT', 'WIDTH'),
-        help='size of the image in pixels, before the data preprocessor pads it; '
-        'default: what the config tests classifiers and detectors with and trains segmentors with',
+        help='size of the image in pixels, before the data preprocessor pads it; default: the test '
+        'size of a classifier or detector, the training crop of a segmentor',
     )
     parser.add_argument(
         '--out',
         default='work_dirs/analysis/get_complexity',
-        help='where to write, without suffix; default: %(default)s',
+        help='path of the files, without suffix; default: %(default)s',
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     if cfg.model.get('backbone', {}).get('deploy', False):
         raise UsageError(
-            f'{args.config} builds the deployed form: drop model.backbone.deploy, '
-            'both forms are counted'
+            f'{args.config} builds the deployed form: drop model.backbone.deploy, both are counted'
         )
     model = build_model(cfg).eval()
     try:
@@ -57,26 +50,22 @@ def main() -> None:
         raise UsageError(f'--shape must be two positive numbers of pixels, got {given}')
     shape = padded_shape(model, given)
     try:
-        forms = count_forms(model, shape)
+        rows = complexity_rows(count_forms(model, shape))
     except ValueError as error:
         raise UsageError(f'{args.config} at {shape[0]} x {shape[1]}: {error}') from error
 
-    rows = complexity_rows(forms)
-    out = Path(args.out)
-    source = provenance('cpu', torch.float32, config=args.config, shape=shape, batch_size=1)
-    write_report(out, rows, source)
-    title = f'{Path(args.config).stem}, one image of {shape[0]} x {shape[1]}'
-    plot_complexity(rows, title, with_suffix(out, '.png'))
+    source = provenance('cpu', config=args.config, shape=shape, batch_size=1)
+    write_report(args.out, rows, source)
+    title = f'{Path(args.config).stem}, one image of {shape[0]} x {shape[1]} pixels'
+    plot_complexity(rows, title, args.out)
+    columns = dict(form='form', part='part', params_m='params (M)', macs_g='multiply-adds (G)')
     print(title)
-    headings = dict(
-        params_m='params (M)', macs_g='multiply-adds (G)', elementwise_g='other operations (G)'
-    )
-    parts = [row for row in rows if row['operator'] == 'all']
-    operators = [row for row in rows if row['operator'] != 'all' and row['part'] == 'total']
-    print(format_table(parts, dict(form='form', part='part', **headings)))
-    del headings['params_m']
-    print(format_table(operators, dict(form='form', operator='operator', **headings)))
-    print(f'written: {out}.json, .csv and .png')
+    print(format_table([row for row in rows if row['operator'] == 'all'], columns))
+    columns = dict(form='form', operator='operator', macs_g='multiply-adds (G)')
+    total = [row for row in rows if row['part'] == 'total' and row['operator'] != 'all']
+    print(format_table(total, columns))
+    print(f'written: {args.out}.json, .csv and .png')
+    return 0
 
 
 if __name__ == '__main__':

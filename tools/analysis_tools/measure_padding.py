@@ -7,6 +7,7 @@ COCO's size, the second of them padded.
 """
 
 import argparse
+from typing import List, Optional
 
 import torch
 
@@ -17,34 +18,23 @@ from mmlinglo.utils.cli import UsageError, run
 SIZES = [(800, 1333), (800, 1066)]
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        '--paddings',
-        nargs='+',
-        type=int,
-        default=[128, 320],
-        help='in pixels, on an image of 320 x 320; default: %(default)s',
-    )
-    parser.add_argument('--seeds', type=int, default=5, help='how many; default: %(default)s')
-    parser.add_argument('--rounds', type=int, default=5, help='of timing; default: %(default)s')
-    parser.add_argument('--threads', type=int, help="CPU threads; default: PyTorch's")
-    parser.add_argument(
-        '--device',
-        choices=['cpu', 'cuda'],
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='of the timing',
-    )
-    parser.add_argument(
-        '--out',
-        default='work_dirs/analysis/measure_padding',
-        help='path of the files, without suffix; default: %(default)s',
-    )
-    return parser.parse_args()
+    add = parser.add_argument
+    text = 'in pixels, on an image of 320 x 320; default: %(default)s'
+    add('--paddings', nargs='+', type=int, default=[128, 320], help=text)
+    add('--seeds', type=int, default=5, help='how many; default: %(default)s')
+    add('--rounds', type=int, default=5, help='of timing; default: %(default)s')
+    add('--threads', type=int, help="CPU threads; default: PyTorch's")
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    add('--device', choices=['cpu', 'cuda'], default=device, help='of the timing')
+    out = 'work_dirs/analysis/measure_padding'
+    add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     for name in ('seeds', 'threads'):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -56,7 +46,7 @@ def main() -> None:
         costs = measure_cost(SIZES, args.device, args.rounds)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    source = provenance(args.device, torch.float32, seeds=args.seeds, rounds=args.rounds)
+    source = provenance(args.device, seeds=args.seeds, rounds=args.rounds)
     write_report(args.out, [*shifts, *costs], source)
     for row in shifts:
         row['backbone'] = LABELS[row['backbone']]
@@ -76,6 +66,7 @@ def main() -> None:
     )
     print(format_table(costs, columns))
     print(f'\n{args.out}.json, .csv')
+    return 0
 
 
 if __name__ == '__main__':

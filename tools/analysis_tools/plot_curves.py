@@ -1,118 +1,91 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Draw accuracy, or any other logged scalar, of any number of trainings (the paper's Fig. 5).
 
-Several trainings of one label, such as seeds, become one curve: their mean, with a band
-from the lowest to the highest.
+Several trainings of one label, such as seeds, become one curve: their mean, with a band from the
+lowest to the highest.
 """
 
 import argparse
 import glob
-import math
 import os
-from collections import defaultdict
-from pathlib import Path
-from typing import Dict, List, Optional
+from typing import List, Optional
 
-import torch
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
-from mmlinglo.analysis.curves import plot_curves, read_scalars, step_unit, summarize
-from mmlinglo.analysis.report import format_table, provenance, write_report
+from mmlinglo.analysis.curves import common_steps, draw_curves, read_scalars
+from mmlinglo.analysis.report import format_table, provenance, save_figure, write_report
 from mmlinglo.utils.cli import UsageError, run
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'work_dirs',
-        nargs='+',
-        metavar='WORK_DIR',
-        help="work dir of a training; a quoted pattern, such as 'work_dirs/b0_seed*', stands for "
-        'all that match, as trainings of one label',
-    )
-    parser.add_argument(
-        '--labels',
-        nargs='+',
-        help='one for each WORK_DIR; equal ones belong together; default: the names of the folders',
-    )
-    parser.add_argument('--key', default='accuracy/top1', help='name of the scalar')
-    parser.add_argument(
-        '--out', default='work_dirs/analysis/plot_curves', help='path of the files, without suffix'
-    )
-    return parser.parse_args()
+    add = parser.add_argument
+    text = "a quoted pattern, such as 'work_dirs/b0_seed*', stands for all that match, as one label"
+    add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'work dir of a training; {text}')
+    text = 'one for each WORK_DIR; equal ones belong together; default: the names of the folders'
+    add('--labels', nargs='+', help=text)
+    add('--key', default='accuracy/top1', help='name of the scalar; default: %(default)s')
+    out = 'work_dirs/analysis/plot_curves'
+    add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
-    folders = labelled_folders(args.work_dirs, args.labels)
-    try:
-        curves = {
-            label: [read_scalars(folder, args.key) for folder in group]
-            for label, group in folders.items()
-        }
-        units = {
-            str(folder): step_unit(folder, args.key)
-            for group in folders.values()
-            for folder in group
-        }
-        table = [summary_row(label, runs) for label, runs in curves.items()]
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    unit, *others = set(units.values())
-    if others:
-        raise UsageError(f'some steps of {args.key!r} are epochs, others iterations: {units}')
-
-    rows = [
-        # JSON has no NaN: the loss of a diverged training becomes an empty cell.
-        {
-            'label': label,
-            'work_dir': str(folder),
-            unit: int(step),
-            args.key: value if math.isfinite(value) else None,
-        }
-        for label, group in folders.items()
-        for folder, points in zip(group, curves[label])
-        for step, value in points
-    ]
-    source = provenance('cpu', torch.float32, key=args.key)
-    for name in ('device', 'dtype', 'threads'):
-        del source[name]  # this process's; the trainings' are in their own logs
-    write_report(args.out, rows, source)
-    plot_curves(curves, unit, args.key, Path(args.out))
-    headings = dict(label='Label', runs='Runs', step=f'Last {unit}', mean=args.key)
-    print(format_table(table, {**headings, 'minimum': 'Minimum', 'maximum': 'Maximum'}))
-    print(f'{args.out}.json, .csv, .png')
-
-
-def labelled_folders(work_dirs: List[str], labels: Optional[List[str]]) -> Dict[str, List[Path]]:
-    """Folders of each label, in the order of the command line."""
+def read_runs(work_dirs: List[str], labels: Optional[List[str]], key: str) -> pd.DataFrame:
+    """Points of all trainings, with their ``label`` and ``run``, the work dir."""
     if labels is None:
-        names = [Path(pattern).name for pattern in work_dirs]
+        names = [os.path.basename(os.path.normpath(pattern)) for pattern in work_dirs]
         labels = names if len(set(names)) == len(names) else work_dirs
     if len(labels) != len(work_dirs):
         raise UsageError(
             f'{len(work_dirs)} work dirs and {len(labels)} labels: give one label for each '
             'work dir, and quote patterns, lest the shell replace them by several names'
         )
-    folders = defaultdict(list)
+    folders = []
     for label, pattern in zip(labels, work_dirs):
-        found = (
-            [pattern]
-            if os.path.isdir(pattern)
-            else sorted(filter(os.path.isdir, glob.glob(pattern)))
-        )
+        found = [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern))
+        found = [(label, path) for path in found if os.path.isdir(path)]
         if not found:
             raise UsageError(f'no folder {pattern!r}')
-        folders[label] += map(Path, found)
-    return folders
+        folders += found
+    runs = [read_scalars(path, key).assign(label=label, run=path) for label, path in folders]
+    points = pd.concat(runs, ignore_index=True)
+    if points.unit.nunique() > 1:
+        units = points.groupby('run').unit.first().to_dict()
+        raise UsageError(f'some steps of {key!r} are epochs, others iterations: {units}')
+    return points
 
 
-def summary_row(label: str, runs: List[list]) -> dict:
-    """The last point of a curve, as a line of the table."""
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     try:
-        last = summarize(runs)[-1]._asdict()
+        points = read_runs(args.work_dirs, args.labels, args.key)
+        common = common_steps(points)
     except ValueError as error:
-        raise UsageError(f'{label!r}: {error}') from error
-    return dict(last, label=label, runs=len(runs), step=int(last['step']))
+        raise UsageError(f'{error}') from error
+    unit = points.unit[0]
+    names = dict(label='label', run='work_dir', step=unit, value=args.key)
+    rows = points.rename(columns=names)[[*names.values()]].astype({unit: int})
+    # JSON has no NaN: the loss of a diverged training becomes an empty cell.
+    rows = rows.astype(object)
+    rows.loc[~np.isfinite(points.value), args.key] = None
+    source = provenance('cpu', key=args.key)
+    for name in ('device', 'dtype', 'threads'):
+        del source[name]  # this process's; the trainings' are in their own logs
+    write_report(args.out, rows.to_dict('records'), source)
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    draw_curves(figure.subplots(), points, unit.title(), args.key)
+    save_figure(figure, args.out)
+    last = common[common.step == common.groupby('label').step.transform('max')]
+    numbers = {name: ('value', name) for name in ('mean', 'min', 'max')}
+    by_label = last.groupby('label', sort=False)
+    table = by_label.agg(runs=('run', 'nunique'), step=('step', 'max'), **numbers).reset_index()
+    headings = dict(label='Label', runs='Runs', step=f'Last {unit}', mean=args.key)
+    headings.update(min='Minimum', max='Maximum')
+    print(format_table(table.to_dict('records'), headings))
+    print(f'{args.out}.json, .csv, .png')
+    return 0
 
 
 if __name__ == '__main__':

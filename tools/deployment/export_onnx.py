@@ -1,8 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Write the deployed form of a backbone or a classifier as an ONNX file.
 
-ONNX Runtime's outputs on random images are compared with PyTorch's of the training form first; the file appears only
-if they agree. Preprocessing is not in the graph: its numbers are in the file's metadata.
+The tool runs the file with ONNX Runtime on random images, and keeps it only if the outputs agree with PyTorch's.
+Preprocessing is not part of the graph; the file's metadata holds its numbers.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from mmlinglo.utils.export import (
     OPSETS,
     ExporterError,
     Logits,
+    describe_preprocessing,
     export_onnx,
-    preprocessing,
     relative_error,
     run_onnx,
 )
@@ -39,14 +39,16 @@ def parse_args() -> argparse.Namespace:
         '--part',
         choices=['backbone', 'model'],
         default='backbone',
-        help='backbone (the default): feature maps; model: logits, of a classifier only',
+        help='backbone (default): feature maps; model: logits of a classifier',
     )
     parser.add_argument(
         '--shape', nargs=2, type=int, default=[224, 224], metavar=('H', 'W'), help='image size'
     )
     parser.add_argument('--batch-size', type=int, default=1, help='without --dynamic; default: 1')
     parser.add_argument(
-        '--dynamic', action='store_true', help='for images of any number and size; H W: an example'
+        '--dynamic',
+        action='store_true',
+        help='allow any number and size of images; H W is an example',
     )
     parser.add_argument(
         '--opset', type=int, choices=OPSETS, help="ONNX operators; default: the exporter's own"
@@ -70,13 +72,13 @@ def main() -> None:
         raise UsageError(f'--out must be a file *.onnx, got {args.out!r}')
     if args.part == 'model' and cfg.default_scope != 'mmpretrain':
         raise UsageError(
-            f'--part model is for classifiers, and {args.config!r} is of {cfg.default_scope}: '
+            f'--part model is for classifiers, but {args.config!r} belongs to {cfg.default_scope}: '
             'use --part backbone, or see docs/deployment.md for detectors and segmentors'
         )
     smallest = SMALLEST['dynamic' if args.dynamic else 'fixed']
     if min(args.shape) < smallest or args.batch_size < 1:
         raise UsageError(
-            f'--shape must be at least {smallest} {smallest} and --batch-size 1, '
+            f'--shape must be at least {smallest} {smallest} and --batch-size at least 1, '
             f'got {args.shape} and {args.batch_size}'
         )
 
@@ -93,7 +95,7 @@ def main() -> None:
         expected = [outputs_of(part, images) for images in batches]
         switch_to_deploy(model)
         metadata = dict(
-            preprocessing(cfg),
+            describe_preprocessing(cfg),
             config=Path(args.config).name,
             weights=Path(args.checkpoint).name if args.checkpoint else 'random',
             mmlinglo_version=mmlinglo.__version__,
@@ -118,7 +120,7 @@ def main() -> None:
 
 
 def random_images(batch_size: int, height: int, width: int, dynamic: bool) -> List[Tensor]:
-    """The batches to compare on, the first of the size to export with; two sizes if dynamic."""
+    """Make the batches to compare on. The first has the size to export; the second is for dynamic sizes."""
     if not dynamic:
         return [torch.randn(batch_size, 3, height, width)]
     return [torch.randn(2, 3, height, width), torch.randn(1, 3, height + 45, width - 23)]

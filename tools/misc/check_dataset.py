@@ -12,13 +12,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Optional, Sequence
 
-from mmlinglo.dataset_checks import check_datasets
 from mmlinglo.utils.cli import UsageError, config_parser, load_config, run
 from mmlinglo.utils.files import complete_file
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.add_argument(
         '--num',
@@ -35,17 +35,29 @@ def parse_args() -> argparse.Namespace:
         '--places', type=int, default=3, help='places to print for each finding; default: 3'
     )
     parser.add_argument('--out', help='JSON file for the report, there with all places')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Check the data sets of a config.
+
+    Returns:
+        1 if there are errors, else 0.
+
+    Raises:
+        UsageError: If an argument is wrong, or a package is missing.
+    """
+    args = parse_args(argv)
     if args.num != 'all' and not (args.num.isdecimal() and int(args.num) > 0):
         raise UsageError(f'--num must be a positive number or "all", got {args.num!r}')
     if args.workers < 1 or args.places < 1:
         raise UsageError(
             f'--workers and --places must be positive, got {args.workers} and {args.places}'
         )
+    try:
+        from mmlinglo.dataset_checks import check_datasets
+    except ImportError as error:
+        raise UsageError(str(error)) from error
     cfg = load_config(args.config, args.cfg_options)
     warnings.filterwarnings('ignore', message='`reduce_zero_label` will be deprecated')
     report = check_datasets(
@@ -60,10 +72,11 @@ def main() -> None:
     if args.out is not None:
         with complete_file(Path(args.out)) as path:
             path.write_text(json.dumps(dict(config=args.config, **report.as_dict()), indent=2))
-    print(report.format(args.places))
-    if report.count('error'):
-        sys.exit(1)
+    # Names in annotation files may hold what the terminal cannot show.
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(report.format(args.places).encode(encoding, 'backslashreplace').decode(encoding))
+    return 1 if report.count('error') else 0
 
 
 if __name__ == '__main__':
-    run(main)
+    run(lambda: sys.exit(main()))

@@ -1,14 +1,14 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Make a small synthetic data set: scenes of textured shapes, labelled for all three tasks.
 
-The same scenes are written in the layout of each task::
+The tool writes the same scenes in the layout of each task::
 
     OUT/coco/{train,val}/*.jpg, OUT/coco/annotations/{train,val}.json      boxes, as COCO
     OUT/ade/{images,annotations}/{training,validation}/*                   masks, as ADE20K (0 = unlabelled)
-    OUT/imagenet/{train,val}/<class>/*.jpg                                 one class a scene, as ImageNet
+    OUT/imagenet/{train,val}/<class>/*.jpg                                 one class per scene, as ImageNet
     OUT/demo/*.jpg                                                         unlabelled, enlarged, for inference
 
-A scene's class is that of its largest shape, which is clearly larger than the others.
+A scene's class is the class of its largest shape, which is clearly larger than the others.
 """
 
 import argparse
@@ -167,7 +167,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('out', help='folder to make; must not exist, or hold the same data set')
+    parser.add_argument(
+        'out', help='folder to make; it must not exist, unless it holds the same data set'
+    )
     parser.add_argument('--num-train', type=int, default=1200, help='training scenes')
     parser.add_argument('--num-val', type=int, default=120, help='validation scenes')
     parser.add_argument(
@@ -183,20 +185,22 @@ def main() -> None:
     out = Path(args.out)
     settings = {key: value for key, value in vars(args).items() if key != 'out'}
     if min(args.num_train, args.num_val, args.num_demo) < 0 or args.size < 32:
-        raise UsageError(f'counts must not be negative and --size at least 32, got {settings}')
+        raise UsageError(
+            f'the counts must not be negative, and --size must be at least 32; got {settings}'
+        )
     if out.exists():
         record = out / 'settings.json'
         if record.is_file() and json.loads(record.read_text()) == settings:
-            print(f'{out} is there already')
+            print(f'{out} exists already, with these settings')
             return
         raise UsageError(
-            f'{out} exists and was not made with {settings}: remove it or name another'
+            f'{out} exists and was not made with {settings}: remove it or name another folder'
         )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
     try:
-        # One generator each: the number of scenes of one split does not change the others.
+        # One generator per split, so that the size of one split does not change the others.
         train, val, demo = np.random.default_rng(args.seed).spawn(3)
         write_split(work, 'train', args.num_train, args.size, train)
         write_split(work, 'val', args.num_val, args.size, val)

@@ -1,12 +1,14 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Bring the metafiles and the tables of docs/model_zoo.md up to date with the configs.
+"""Bring the metafiles, docs/model_zoo.md and the README of each config folder up to date with the configs.
 
 Every config in configs/imagenet, configs/coco and configs/ade20k gets a row with its parameters and
 multiply-adds, counted by mmlinglo.analysis.complexity. Whatever else the metafiles say stays: what the
-paper claims, metrics, weights.
+paper claims, metrics, weights. The tables of the other folders quote the configs' docstrings.
 """
 
 import argparse
+import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -33,7 +35,7 @@ HEADER = """\
 # Metrics are null: these models have not been trained by this project yet.
 # FLOPs are multiply-adds, as everywhere in OpenMMLab.
 """
-DOC = 'docs/model_zoo.md'
+ZOO = ROOT / 'docs/model_zoo.md'
 COLUMNS = dict(
     recipe='Recipe',
     metric='Metric',
@@ -105,8 +107,8 @@ def updated_metafile(task: str) -> dict:
     return {**content, 'Models': [updated_row(path, old.get(path.stem, {})) for path in configs]}
 
 
-def table(task: str, rows: List[dict]) -> str:
-    """A task's table of docs/model_zoo.md."""
+def table(task: str, rows: List[dict], document: Path) -> str:
+    """Table of a task's rows for ``document``, from whose folder its links go out."""
     lines = []
     for row in rows:
         entries = row['Metadata']
@@ -114,7 +116,7 @@ def table(task: str, rows: List[dict]) -> str:
         measured = [(metrics or {}).get(metric) for metric, metrics in ours.items()]
         lines.append(
             dict(
-                recipe=f'[{row["Name"]}](../{row["Config"]})',
+                recipe=f'[{row["Name"]}]({os.path.relpath(ROOT / row["Config"], document.parent)})',
                 metric=' / '.join(ours),
                 paper=_numbers([entries.get(f'{metric} in the Paper') for metric in ours], '-'),
                 ours=_numbers(measured, 'not yet trained here'),
@@ -126,6 +128,16 @@ def table(task: str, rows: List[dict]) -> str:
     return format_table(lines, COLUMNS)
 
 
+def list_configs(folder: Path) -> str:
+    """Table of the configs in a folder with the first line of each docstring."""
+    lines = []
+    for path in sorted(folder.glob('*.py')):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
+        summary = docstring.partition('\n')[0].replace('`', '')
+        lines.append(dict(config=f'[{path.stem}]({path.name})', summary=summary))
+    return format_table(lines, dict(config='Config', summary='What it is'))
+
+
 def _numbers(values: List[Optional[float]], none: str) -> str:
     return none if None in values else ' / '.join(f'{value:.1f}' for value in values)
 
@@ -134,28 +146,40 @@ def _forms(entries: dict, key: str, unit: float) -> str:
     return ' / '.join(f'{entries[form + key] / unit:.2f}' for form in ('', 'Deployed '))
 
 
-def with_tables(text: str, tables: Dict[str, str]) -> str:
-    """``text`` with what stands between ``<!-- table: TASK -->`` and ``<!-- end -->`` replaced."""
-    for task, content in tables.items():
-        marked = re.compile(rf'(<!-- table: {task} -->\n).*?(\n<!-- end -->)', re.DOTALL)
-        text, number = marked.subn(lambda match, c=content: match[1] + c + match[2], text)
+def with_tables(document: Path, tables: Dict[str, str]) -> str:
+    """Text of a document with what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` replaced."""
+    text = document.read_text()
+    for name, content in tables.items():
+        marked = re.compile(rf'(<!-- table: {name} -->\n).*?<!-- end -->', re.DOTALL)
+        text, number = marked.subn(lambda match, c=content: f'{match[1]}{c}\n<!-- end -->', text)
         if number != 1:
+            where = document.relative_to(ROOT).as_posix()
             raise UsageError(
-                f'{DOC} must have one line "<!-- table: {task} -->" and a line "<!-- end -->" below'
+                f'{where} must have one line "<!-- table: {name} -->" and a line "<!-- end -->" below'
             )
     return text
 
 
 def changed_files() -> Dict[Path, str]:
     """Files that are not up to date, with their new text."""
-    texts, tables = {}, {}
+    texts, rows = {}, {}
     for task in DATASETS:
         content = updated_metafile(task)
-        tables[task] = table(task, content['Models'])
+        rows[task] = content['Models']
         path = ROOT / 'configs' / task / 'metafile.yml'
         texts[path] = HEADER + yaml.safe_dump(content, sort_keys=False, width=100)
-    texts[ROOT / DOC] = with_tables((ROOT / DOC).read_text(), tables)
+    texts.update(updated_documents(rows))
     return {path: text for path, text in texts.items() if path.read_text() != text}
+
+
+def updated_documents(rows: Dict[str, List[dict]]) -> Dict[Path, str]:
+    """Documents with tables, and their new text, from the rows of each task's metafile."""
+    texts = {ZOO: with_tables(ZOO, {task: table(task, rows[task], ZOO) for task in DATASETS})}
+    for path in sorted((ROOT / 'configs').glob('[!_]*/README.md')):
+        name = path.parent.name
+        content = table(name, rows[name], path) if name in rows else list_configs(path.parent)
+        texts[path] = with_tables(path, {name: content})
+    return texts
 
 
 def main() -> None:

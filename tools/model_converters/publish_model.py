@@ -1,9 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Write the weights of a training as a small file that is safe to give away.
 
-Optimizer, schedules and logs are dropped; the data set's classes, the config's text and versions stay.
-The file can be read with torch.load(..., weights_only=True), and its name ends with the first 8 digits of
-its SHA-256, which torch.hub can check.
+The file keeps the weights, the data set's classes, the config's text and the versions. It drops the optimizer,
+schedules and logs. torch.load(..., weights_only=True) reads it. Its name ends with the first 8 digits of its SHA-256,
+which torch.hub can check.
 """
 
 import argparse
@@ -33,11 +33,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         'out',
-        help='file to write, such as linglo-b1_8xb128_in1k.pth; the hash is put before the suffix',
+        help='file to write, such as linglo-b1_8xb128_in1k.pth; the tool adds the hash before the suffix',
     )
     parser.add_argument(
         '--config',
-        help="config whose model the weights must fit; its text replaces the checkpoint's",
+        help="check that the weights fit this config's model, and store its text",
     )
     parser.add_argument(
         '--cfg-options',
@@ -48,47 +48,48 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--safetensors',
         action='store_true',
-        help='write safetensors, which other programs read too',
+        help='write the safetensors format, which other programs read too',
     )
     add_trust_argument(parser)
     return parser.parse_args()
 
 
-def plain(value: Any, name: str) -> Any:
-    """``value`` made of nothing but what any reader accepts.
+def to_plain(value: Any, name: str) -> Any:
+    """Convert a value to numbers, texts, lists and dicts, which any reader accepts.
 
     Args:
         value: Entry of a checkpoint's ``meta``.
-        name: Its name, for the error message.
+        name: Name of the entry, for the error message.
 
     Raises:
-        CheckpointError: If it holds an object of another class.
+        CheckpointError: If the value holds an object of another class.
     """
     if isinstance(value, dict):
         return {
-            plain(key, f'{name}.{key}'): plain(item, f'{name}.{key}') for key, item in value.items()
+            to_plain(key, f'{name}.{key}'): to_plain(item, f'{name}.{key}')
+            for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        items = [plain(item, f'{name}[{i}]') for i, item in enumerate(value)]
+        items = [to_plain(item, f'{name}[{i}]') for i, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(
-        f'{name} of the checkpoint is a {type(value).__name__}, which a published file cannot hold: '
-        'only numbers, texts, lists and dicts'
+        f'{name} of the checkpoint is a {type(value).__name__}; a published file can hold only '
+        'numbers, texts, lists and dicts'
     )
 
 
-def published_bytes(weights: Dict[str, Tensor], meta: dict, safetensors: bool) -> bytes:
-    """Content of the file; the same for the same weights and metadata."""
-    # Copies, since a part of a larger tensor would be saved with all of it.
+def serialize(weights: Dict[str, Tensor], meta: dict, safetensors: bool) -> bytes:
+    """Serialize a checkpoint. Equal weights and metadata give equal bytes."""
+    # Copies, because torch saves the whole storage of a tensor that is part of a larger one.
     weights = {key: value.detach().clone().contiguous() for key, value in weights.items()}
     if safetensors:
-        # Texts only; one, since the order of several in the file is random.
+        # Metadata must be texts. One text, because the file's order of several is random.
         return import_safetensors().torch.save(weights, metadata=dict(meta=json.dumps(meta)))
-    buffer = io.BytesIO()  # into a file, torch would write the file's name as well
+    buffer = io.BytesIO()  # not a file, because torch would store the file's name
     torch.save(dict(meta=meta, state_dict=weights), buffer)
     return buffer.getvalue()
 
@@ -116,7 +117,7 @@ def main() -> None:
         load_model_weights(build_model(cfg), checkpoint, args.checkpoint)
         meta['cfg'] = cfg.pretty_text
     meta['mmlinglo_version'] = mmlinglo.__version__
-    content = published_bytes(weights, plain(meta, 'meta'), args.safetensors)
+    content = serialize(weights, to_plain(meta, 'meta'), args.safetensors)
 
     digits = hashlib.sha256(content).hexdigest()[:8]
     published = out.with_name(f'{out.stem}-{digits}{suffix}')

@@ -1,7 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Convert a trained classifier, detector or segmentor to its re-parameterised form.
 
-The outputs of both forms are compared first; the file is written only if they agree.
+The tool compares the outputs of both forms, and writes the file only if they agree.
 """
 
 import argparse
@@ -31,7 +31,9 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
     if cfg.model.get('backbone', {}).get('deploy', False):
-        raise UsageError(f'{args.config} builds the deployed form already')
+        raise UsageError(
+            f'{args.config} already builds the deployed form: give the config of the training form'
+        )
     out = Path(args.out)
     if out.exists() and out.samefile(args.checkpoint):
         raise UsageError(f'{args.out!r} is the checkpoint itself: name another file')

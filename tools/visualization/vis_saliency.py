@@ -1,7 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Draw what key-only attention weighs in pictures: one sheet a picture, with a map for each stage, block and head.
 
-OUT_DIR gets <picture>_saliency.png. Red positions have more weight than the mean of all, blue ones less. Pictures that
+OUT_DIR gets <picture>_saliency.png. Bright positions have more weight; each map is scaled by itself. Pictures that
 cannot be read are reported, the rest is done, and the exit status is 1. From Python: mmlinglo.analysis.saliency_maps.
 """
 
@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from mmlinglo.analysis import saliency_maps
 from mmlinglo.analysis.saliency_figures import plot_saliency
@@ -27,30 +27,23 @@ from mmlinglo.utils.deploy import build_model, switch_to_deploy
 from mmlinglo.utils.inference import UnreadableError
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('images', nargs='+', metavar='image', help='picture file')
-    parser.add_argument('--out-dir', default='work_dirs/saliency', help='default: %(default)s')
-    parser.add_argument(
-        '--stages', nargs='+', type=int, help='stages to draw, from 0; default: all'
-    )
-    parser.add_argument(
-        '--blocks', nargs='+', type=int, help='blocks of each stage to draw, from 0; default: all'
-    )
-    parser.add_argument(
-        '--mean-heads', action='store_true', help='draw the mean over the heads of each block only'
-    )
-    parser.add_argument('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
-    parser.add_argument(
-        '--deploy', action='store_true', help='re-parameterise the model before running it'
-    )
+    add = parser.add_argument
+    add('checkpoint', help='checkpoint file')
+    add('images', nargs='+', metavar='image', help='picture file')
+    add('--out-dir', default='work_dirs/saliency', help='default: %(default)s')
+    add('--stages', nargs='+', type=int, help='stages to draw, from 0; default: all')
+    add('--blocks', nargs='+', type=int, help='blocks of each stage, from 0; default: all')
+    add('--mean-heads', action='store_true', help='draw the mean over the heads of each block only')
+    add('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
+    add('--deploy', action='store_true', help='re-parameterise the model before running it')
     add_trust_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     missing = [image for image in args.images if not Path(image).is_file()]
     if missing:
         raise UsageError(f'no picture file {", ".join(map(repr, missing))}')
@@ -83,6 +76,7 @@ def main() -> None:
             print(f'  without stage {stage}: {reason}')
     if damaged:
         raise UsageError(f'{damaged} of {len(args.images)} pictures could not be read')
+    return 0
 
 
 def name_sheets(images: List[str], out_dir: Path) -> Dict[str, Path]:

@@ -9,10 +9,10 @@ metainfo = dict(
     classes=('disc', 'square', 'triangle', 'star'),
     palette=[(230, 70, 70), (70, 160, 230), (90, 200, 90), (240, 200, 60)],
 )
-scale = (96, 96)  # width and height that pictures are resized to, keeping their ratio
+scale = (96, 96)  # largest width and height; resizing keeps the aspect ratio
 
 model = dict(
-    # _delete_ drops the settings of the ResNet, its weights among them
+    # _delete_ drops the settings of the ResNet, including its weights
     backbone=dict(_delete_=True, type='GatedLinGlo', arch='b0', out_indices=(1, 2, 3)),
     # the channels of stages 1, 2 and 3, all of which the neck uses
     neck=dict(in_channels=[64, 160, 256], start_level=0),

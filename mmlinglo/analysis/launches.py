@@ -1,0 +1,387 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""What one step of a model asks of a GPU, counted on a machine without one.
+
+The step runs on CUDA tensors without data (torch's FakeTensorMode), and a dispatch mode counts the
+operations under it. Autograd's engine refuses such tensors, because it asks for the device's stream.
+So the nodes of autograd's graph are called here one by one: they are torch's own, and so are the
+operations in them, also in custom functions and checkpointed blocks.
+"""
+
+import copy
+import math
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmlinglo import LinGlo
+from mmlinglo.analysis.memory import MIB
+from mmlinglo.analysis.peers import Plain, build_backbone
+from mmlinglo.models.fast import Rewriting
+from mmlinglo.models.fast.grouped import GroupedPositionalEncoding
+from mmlinglo.utils.deploy import switch_to_deploy
+
+BANDWIDTH = 3.35e12  # bytes a second of an H100 SXM's memory, by its data sheet
+LAUNCH_SECONDS = 4e-6  # that launching a kernel takes at least
+AMP = {'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+MODES = ('train', 'eval', 'deploy')
+FORMS = {
+    'plain': 'as the paper writes it, which is the default on a GPU',
+    'grouped': 'the branches of an encoding as one convolution, in training',
+    'rewritten': 'with all rewritings, fast=True',
+}
+"""How LinGlo's layers are computed, and what that means."""
+COLUMNS = dict(
+    model='Backbone',
+    form='Form',
+    mode='Mode',
+    amp='AMP',
+    images='Images',
+    forward_launches='Launches, forward',
+    backward_launches='Launches, backward',
+    host_copies='Host copies',
+    syncs='Syncs',
+    moved_gb='Moved [GB]',
+    saved_mib='Saved [MiB]',
+    lower_bound_ms='Lower bound [ms]',
+)
+"""Columns of a printed table, and their headings."""
+# Operators without a kernel, besides views; by name, without leading underscores.
+WITHOUT_KERNEL = frozenset(
+    'device detach alias lift_fresh unsafe_view empty empty_like empty_strided new_empty '
+    'new_empty_strided resize_ set_ record_stream'.split()
+)
+# Operators whose result the host must know before it can go on.
+WAITING = frozenset(
+    'local_scalar_dense nonzero masked_select unique unique2 unique_consecutive unique_dim equal '
+    'is_all_true is_any_true assert_async'.split()
+)
+
+
+@dataclass
+class Counts:
+    """What was counted in a forward or a backward pass.
+
+    Attributes:
+        launches: Operations on the GPU that are no views. One may be several kernels.
+        host_copies: Copies between the memory of the CPU and of the GPU.
+        syncs: Operations whose result the CPU waits for, copies to the CPU among them.
+        bytes_moved: Sizes in bytes of the inputs and outputs of all launches.
+        operators: Launches of each operator.
+    """
+
+    launches: int = 0
+    host_copies: int = 0
+    syncs: int = 0
+    bytes_moved: int = 0
+    operators: Counter = field(default_factory=Counter)
+
+    def __add__(self, other: 'Counts') -> 'Counts':
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
+    @property
+    def lower_bound_ms(self) -> float:
+        """Milliseconds that an H100 needs at least to move the bytes, or to launch the operations."""
+        return 1e3 * max(self.bytes_moved / BANDWIDTH, self.launches * LAUNCH_SECONDS)
+
+
+@dataclass
+class StepCounts:
+    """What was counted in a step; ``saved_bytes`` are kept from the forward for the backward."""
+
+    forward: Counts
+    backward: Counts
+    saved_bytes: int
+
+    def row(self) -> dict:
+        """Line of a report."""
+        both = self.forward + self.backward
+        return dict(
+            forward_launches=self.forward.launches,
+            backward_launches=self.backward.launches,
+            host_copies=both.host_copies,
+            syncs=both.syncs,
+            moved_gb=both.bytes_moved / 1e9,
+            saved_mib=self.saved_bytes / MIB,
+            lower_bound_ms=both.lower_bound_ms,
+        )
+
+
+class GroupedLinGlo(LinGlo):
+    """LinGlo with :class:`~mmlinglo.models.fast.grouped.GroupedPositionalEncoding`."""
+
+    encoding = GroupedPositionalEncoding
+
+
+def set_form(model: nn.Module, form: str) -> nn.Module:
+    """Have LinGlo run in one of :data:`FORMS`; for ``'grouped'`` it must be a :class:`GroupedLinGlo`."""
+    switched_on = dict(grouped=GroupedPositionalEncoding, rewritten=Rewriting).get(form, ())
+    for module in model.modules():
+        if isinstance(module, Rewriting):
+            module.fast = isinstance(module, switched_on)
+    return model
+
+
+def build_form(name: str, shape: Tuple[int, int], mode: str, form: str = 'plain') -> nn.Module:
+    """A backbone in a mode and form, with pooled features at 224 x 224 and four maps elsewhere.
+
+    Args:
+        name: A key of :data:`~mmlinglo.analysis.peers.ALL`.
+        shape: Height and width of the images in pixels.
+        mode: Of :data:`MODES`; ``'deploy'`` is ``'eval'`` for what has no such form.
+        form: Of :data:`FORMS`.
+
+    Raises:
+        ValueError: If the backbone, mode or form is unknown, or the form is for LinGlo only.
+    """
+    for what, value, allowed in (('mode', mode, MODES), ('form', form, FORMS)):
+        if value not in allowed:
+            raise ValueError(f'{what} must be one of {", ".join(allowed)}, got {value!r}')
+    maps = tuple(shape) != (224, 224)
+    if form != 'plain' and not name.startswith('linglo_b'):
+        raise ValueError(f'the form {form!r} is for LinGlo only, got the backbone {name!r}')
+    if form == 'grouped':
+        arch, indices = name.split('_')[1], (0, 1, 2, 3) if maps else -1
+        model = Plain(GroupedLinGlo(arch, out_indices=indices).eval(), maps)
+    else:
+        model = build_backbone(name, shape, maps)
+    set_form(model, form)
+    if mode == 'deploy':
+        switch_to_deploy(model)
+    return model.train(mode == 'train')
+
+
+def count_launches(
+    model: nn.Module,
+    images: Sequence[int],
+    amp: str = 'none',
+    channels_last: bool = False,
+    **kwargs: Any,
+) -> StepCounts:
+    """Count one step of a model, in the mode that it is in; a backward belongs to training mode.
+
+    The model is left as it is; its copy runs, with its parameters and buffers on the GPU. Other tensors
+    stay where they are, so that a forgotten one is found.
+
+    Args:
+        model: Maps images to a tensor, or a sequence or dict of tensors.
+        images: Shape of the images, (B, C, H, W).
+        amp: Autocast of the forward, ``'none'``, ``'fp16'`` or ``'bf16'``.
+        channels_last: Layout in memory of images and kernels.
+        kwargs: Further arguments of the model.
+
+    Raises:
+        ValueError: If ``amp`` is unknown, or what runs depends on the values of tensors.
+        RuntimeError: If tensors of the CPU and of the GPU meet.
+    """
+    if amp not in AMP:
+        raise ValueError(f'amp must be one of {", ".join(AMP)}, got {amp!r}')
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = copy.deepcopy(model).to(memory_format=layout)
+    forward, backward, saved = _Counter(), _Counter(), _Saved()
+    # With symbols in place of the numbers that an .item() would give.
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        model.to_empty(device='cuda')
+        x = torch.empty(*images, device='cuda').contiguous(memory_format=layout)
+        try:
+            with (
+                torch.set_grad_enabled(model.training),
+                _autocast(AMP[amp]),
+                _Fused(),
+                saved,
+                forward,
+            ):
+                outputs = model(x, **kwargs)
+            if model.training:
+                outputs = [out for out in _tensors(outputs) if out.requires_grad]
+                gradients = [torch.empty_like(out) for out in outputs]
+                with backward:
+                    run_backward(outputs, gradients)
+        except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
+            raise ValueError(f"what runs depends on a tensor's values: {error}") from error
+        parameters = {_storage(tensor) for tensor in model.parameters()}
+        saved_bytes = sum(size for key, size in saved.sizes.items() if key not in parameters)
+    return StepCounts(forward.counts, backward.counts, saved_bytes)
+
+
+@contextmanager
+def _autocast(dtype: Optional[torch.dtype]) -> Iterator[None]:
+    """Autocast on CUDA by its switches: torch.autocast itself turns off where there is no GPU."""
+    before = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
+    torch.set_autocast_enabled('cuda', dtype is not None)
+    torch.set_autocast_dtype('cuda', dtype or before[1])
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled('cuda', before[0])
+        torch.set_autocast_dtype('cuda', before[1])
+
+
+class _Fused(TorchFunctionMode):
+    """Attention by the fused kernel that torch takes on an H100, which it does not without one."""
+
+    def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or len(args) > 3:
+            return func(*args, **kwargs)
+        more = {name: value for name, value in kwargs.items() if value}
+        if more.keys() - {'scale', 'dropout_p', 'is_causal'}:  # a mask
+            return func(*args, **kwargs)
+        if args[0].dtype == torch.float32:
+            options = dict(attn_bias=None, compute_log_sumexp=args[0].requires_grad, **more)
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, **options)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(*args, **more)[0]
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operations under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.lstrip('_')
+        if func.is_view or name in WITHOUT_KERNEL:
+            return out
+        inputs = _tensors(args, kwargs)
+        outputs = _tensors(out)
+        # A number in a tensor of the CPU goes along with the launch.
+        places = {t.device.type for t in inputs if t.ndim or t.device.type == 'cuda'}
+        results = {t.device.type for t in outputs}
+        if 'cuda' not in places | results:
+            return out
+        counts = self.counts
+        counts.launches += 1
+        counts.operators[name] += 1
+        counts.bytes_moved += sum(map(_size, inputs)) + sum(map(_size, outputs))
+        counts.host_copies += 'cpu' in places | results
+        by_mask = name in ('index', 'index_put', 'index_put_') and any(
+            t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1])
+        )
+        counts.syncs += name in WAITING or by_mask or 'cpu' in results
+        return out
+
+
+class _Saved(saved_tensors_hooks):
+    """Sizes in bytes of the memory that autograd keeps for the backward, each piece once."""
+
+    def __init__(self) -> None:
+        self.sizes: Dict[int, int] = {}
+        self.storages: List[Any] = []  # so that no key is given to another
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.storages.append(tensor.untyped_storage())
+        self.sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(*trees: Any) -> List[Tensor]:
+    found = [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes; of an expanded tensor, those that are in memory; 0 if its shape depends on values."""
+    if not all(isinstance(size, int) for size in tensor.shape):
+        return 0
+    sizes = zip(tensor.shape, tensor.stride())
+    return math.prod(size for size, stride in sizes if stride or not size) * tensor.element_size()
+
+
+def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Dict[Tensor, Tensor]:
+    """Call the nodes of autograd's graph as its engine would, without asking for a device.
+
+    Hooks of tensors and nodes are not called.
+
+    Args:
+        outputs: Tensors from which to go backward.
+        gradients: Their gradients.
+
+    Returns:
+        Gradients of the leaves of the graph.
+    """
+    roots = [output.grad_fn for output in outputs]
+    waits_for = _count_dependencies(roots)
+    arrived: Dict[Node, Dict[int, Tensor]] = {}
+    leaves: Dict[Tensor, Tensor] = {}
+
+    def arrive(node: Node, index: int, gradient: Optional[Tensor]) -> None:
+        slots = arrived.setdefault(node, {})
+        if gradient is not None:
+            gradient = _fit(gradient, node._input_metadata[index])
+            slots[index] = slots[index] + gradient if index in slots else gradient
+
+    with torch.no_grad():
+        for output, gradient in zip(outputs, gradients):
+            arrive(output.grad_fn, output.output_nr, gradient)
+        ready = [node for node in dict.fromkeys(roots) if not waits_for[node]]
+        while ready:
+            node = ready.pop()
+            slots, found = arrived.pop(node), None
+            if slots and hasattr(node, 'variable'):
+                leaves[node.variable] = _accumulate(node.variable, slots[0])
+            elif slots:
+                found = _call(node, [slots.get(i) for i in range(len(node._input_metadata))])
+            found = found if isinstance(found, tuple) else (found,) * len(node.next_functions)
+            for (target, index), gradient in zip(node.next_functions, found):
+                if target is not None:
+                    arrive(target, index, gradient)
+                    waits_for[target] -= 1
+                    if not waits_for[target]:
+                        ready.append(target)
+    return leaves
+
+
+def _call(node: Node, gradients: List[Optional[Tensor]]) -> Any:
+    # The node of a custom function is no C++ object that could be called.
+    return node.apply(*gradients) if hasattr(node, 'apply') else node(*gradients)
+
+
+def _count_dependencies(roots: Sequence[Node]) -> Counter:
+    """How many functions give a gradient to each node."""
+    counts: Counter = Counter()
+    seen: Set[Node] = set(roots)
+    stack = list(seen)
+    while stack:
+        for target, _ in stack.pop().next_functions:
+            if target is not None:
+                counts[target] += 1
+                if target not in seen:
+                    seen.add(target)
+                    stack.append(target)
+    return counts
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A first gradient as autograd keeps it: a copy if its layout is not the parameter's."""
+    strides = zip(parameter.shape, parameter.stride(), gradient.stride())
+    if any(ours != theirs for size, ours, theirs in strides if size > 1):
+        return torch.empty_like(parameter).copy_(gradient)
+    return gradient
+
+
+def _fit(gradient: Tensor, metadata: Any) -> Tensor:
+    """As autograd's engine makes a gradient fit the tensor that it belongs to."""
+    if gradient.shape != metadata.shape:
+        gradient = gradient.sum_to_size(metadata.shape)
+    return gradient.to(metadata.dtype)

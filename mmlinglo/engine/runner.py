@@ -1,0 +1,145 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import copy
+import logging
+from typing import Any, Dict, List, Optional, Union
+
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from mmlinglo.utils.checkpoint import check_resumable
+
+WARM_UPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
+
+
+class TrainingRunner(Runner):
+    """mmengine's Runner, strict about what it resumes and tolerant of short trainings.
+
+    - Resuming refuses checkpoints of another model, or of an optimizer with
+      other groups of parameters, before anything is loaded.
+    - A training shorter than its learning rate schedule runs the whole schedule
+      in its time: see :func:`fit_schedulers`.
+    - ``auto_scale_lr`` counts the batches of ``accumulative_counts`` as one.
+    """
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
+        """Load a checkpoint, if the run can go on from it.
+
+        Raises:
+            CheckpointError: If it is to be resumed and is of another training.
+        """
+        if self._resume:
+            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu')
+            model = self.model.module if is_model_wrapper(self.model) else self.model
+            optimizers = [wrapper.optimizer for wrapper in _wrappers(self.optim_wrapper)]
+            check_resumable(model, optimizers, checkpoint, filename)
+        return super().load_checkpoint(filename, *args, **kwargs)
+
+    def build_param_scheduler(self, scheduler: Union[dict, list]) -> Union[dict, list]:
+        """Build the schedulers, fitted to the length of the training."""
+        configs = [scheduler] if isinstance(scheduler, dict) and 'type' in scheduler else scheduler
+        if isinstance(configs, list) and all(isinstance(each, dict) for each in configs):
+            lengths = {False: self.max_iters}
+            if isinstance(self.train_loop, EpochBasedTrainLoop):
+                lengths[True] = self.max_epochs
+            scheduler = fit_schedulers(configs, lengths)
+        return super().build_param_scheduler(scheduler)
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: Optional[dict] = None) -> None:
+        """Scale the learning rate by the batch size of an optimizer step.
+
+        Raises:
+            ValueError: If several optimizers accumulate different numbers of batches.
+        """
+        if auto_scale_lr is not None and auto_scale_lr.get('enable', False):
+            counts = {each._accumulative_counts for each in _wrappers(optim_wrapper)}
+            if len(counts) > 1:
+                raise ValueError(
+                    f'auto_scale_lr needs the same accumulative_counts of all optimizers, got {counts}'
+                )
+            (count,) = counts
+            if count > 1:
+                base = auto_scale_lr['base_batch_size']
+                auto_scale_lr = dict(auto_scale_lr, base_batch_size=base / count)
+                self.logger.info(
+                    f'{count} batches are accumulated for a step: the base batch size of {base} '
+                    f'is {base / count:g} for each'
+                )
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+
+
+def fit_schedulers(schedulers: List[dict], lengths: Dict[bool, int]) -> List[dict]:
+    """Fit parameter schedulers to a training that is shorter than they are.
+
+    A warm-up that would not end before the training is shortened to a tenth of
+    it. Schedulers that would end later end with it, their milestones and
+    periods in proportion. Those that would begin after it are left out. Each
+    change is a warning in the log; a long enough training changes nothing.
+
+    Args:
+        schedulers: Configs of the schedulers; not changed.
+        lengths: Length of the training in epochs (key True) and in iterations
+            (False). Schedulers in a unit that is not there stay as they are.
+
+    Returns:
+        The configs to build.
+    """
+    schedulers = copy.deepcopy(schedulers)
+    for scheduler in schedulers:
+        length = lengths.get(scheduler.get('by_epoch', True))
+        begin, end = scheduler.get('begin', 0), scheduler.get('end')
+        if length is None or end is None or end < length or not _is_warm_up(scheduler):
+            continue
+        shorter = max(1, length // 10)
+        for other in schedulers:
+            if other.get('begin') == end and other.get('by_epoch', True) is scheduler.get(
+                'by_epoch', True
+            ):
+                other['begin'] = shorter
+        scheduler['end'] = shorter
+        _warn(scheduler, length, f'warms up until {shorter} instead of {end}')
+
+    kept = []
+    for scheduler in schedulers:
+        length = lengths.get(scheduler.get('by_epoch', True))
+        begin, end = scheduler.get('begin', 0), scheduler.get('end')
+        if length is not None and begin >= length:
+            _warn(scheduler, length, f'would begin at {begin} and is left out')
+            continue
+        if length is not None and end is not None and end > length:
+            scheduler['end'] = length
+            if 'T_max' in scheduler:
+                scheduler['T_max'] = max(1, scheduler['T_max'] * (length - begin) // (end - begin))
+            if 'milestones' in scheduler:
+                scaled = {max(1, each * length // end) for each in scheduler['milestones']}
+                scheduler['milestones'] = sorted(each for each in scaled if each < length)
+            what = ', '.join(
+                f'{key} {scheduler[key]}' for key in ('T_max', 'milestones') if key in scheduler
+            )
+            _warn(
+                scheduler, length, f'ends at {length} instead of {end}' + f' ({what})' * bool(what)
+            )
+        kept.append(scheduler)
+    return kept
+
+
+def _is_warm_up(scheduler: dict) -> bool:
+    kind = scheduler['type']
+    name = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
+    rises = scheduler.get('start_factor', 1 / 3) < scheduler.get('end_factor', 1.0)
+    return name in WARM_UPS and scheduler.get('begin', 0) == 0 and rises
+
+
+def _warn(scheduler: dict, length: int, what: str) -> None:
+    unit = 'epochs' if scheduler.get('by_epoch', True) else 'iterations'
+    kind = scheduler['type']
+    name = kind if isinstance(kind, str) else kind.__name__
+    print_log(f'this training has only {length} {unit}: {name} {what}', 'current', logging.WARNING)
+
+
+def _wrappers(optim_wrapper: OptimWrapper) -> List[OptimWrapper]:
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        return list(optim_wrapper.values())
+    return [optim_wrapper]

@@ -1,0 +1,97 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from .. import network
+from ..arguments import check_integer
+from .precision import autocast_off, full_precision
+from .seam import Rewriting
+
+# Whether code that is compiled may ask if a size is known. At 2.5 it may not, from 2.9 on it may.
+SIZES_CAN_BE_ASKED = TorchVersion(torch.__version__) >= (2, 9)
+
+
+class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
+    r"""Key-only attention (Sec. 3.1) as one product of the tokens with a small matrix.
+
+    Nothing between X and Y is non-linear but the softmax that makes the context G. The scores
+    are X (W_K,head saliency_head) up to a constant, which softmax ignores; G_head =
+    (sum_i A_i X_i) W_K,head + b_K,head; and with G the rest is an affine map of X::
+
+        M(G) = W_V diag(G) U_1 U_2 + W_K U_2
+        b(G) = ((G * b_V) U_1 + b_K + b_mix) U_2 + b_proj
+        Y    = X M(G) + b(G)                     N C^2 + min(2, 1 + 2 / B) C^3 multiply-adds
+
+    an image in a batch of B, where the definition takes 4 N C^2. The matrices are small, and
+    cost more time a multiply-add, so it is taken below 5/8 of the definition's count. Where a
+    graph is captured for sizes that are not known, it is always taken.
+
+    Example:
+        >>> attn = KeyOnlyAttention(embed_dims=64, num_heads=2)
+        >>> attn(torch.rand(1, 3136, 64)).shape
+        torch.Size([1, 3136, 64])
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
+        check_integer('embed_dims', embed_dims, 1)
+        check_integer('num_heads', num_heads, 1)
+        super().__init__(embed_dims, num_heads, qkv_bias)
+
+    def saliency_weights(self, x: Tensor) -> Tensor:
+        """Weight of every position in every head (Eq. 2): tokens (B, N, C) to (B, num_heads, N).
+
+        They sum to 1 over the positions and are float32 at least, since N may exceed the
+        largest float16 number.
+        """
+        with autocast_off(x):
+            saliency = full_precision(self.saliency) / self.saliency.shape[1] ** 0.5
+            directions = torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
+            return self.softmax((full_precision(x) @ directions.t()).transpose(1, 2))
+
+    def rewrite(self, x: Tensor) -> Optional[Tensor]:
+        batch_size, num_tokens, channels = x.shape
+        if self.mix.bias is None or self.proj.bias is None or self.softmax.dim != -1:
+            return None
+        few_images = _is_known(batch_size <= 2)
+        products = 2 * batch_size if few_images else batch_size + 2
+        if _is_known(3 * batch_size * num_tokens <= 2 * products * channels):
+            return None
+        # In float32 at least: an error of the matrix would reach every position.
+        with autocast_off(x):
+            pooled = self.saliency_weights(x) @ full_precision(x)
+            context = torch.einsum('bhc,hdc->bhd', pooled, self._key_heads()).flatten(1)
+            w_key, w_value, u_1, u_2 = (
+                full_precision(linear.weight).t()
+                for linear in (self.key, self.value, self.mix, self.proj)
+            )
+            shift = full_precision(self.mix.bias)
+            if self.key.bias is not None:
+                context = context + full_precision(self.key.bias)
+                shift = shift + full_precision(self.key.bias)
+            modulated = context.unsqueeze(1) * w_value
+            if few_images:
+                matrix = (modulated @ u_1 + w_key) @ u_2
+            else:
+                matrix = modulated @ (u_1 @ u_2) + w_key @ u_2
+            if self.value.bias is not None:
+                shift = shift + (context * full_precision(self.value.bias)) @ u_1
+            bias = (shift @ u_2 + full_precision(self.proj.bias)).expand(batch_size, -1)
+        return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, matrix.to(x.dtype))
+
+    def _key_heads(self) -> Tensor:
+        """W_K as (num_heads, D, C), in float32 at least."""
+        return full_precision(self.key.weight).unflatten(0, self.saliency.shape)
+
+
+def _is_known(condition: bool) -> bool:
+    """Whether it is true, whatever the sizes are that a captured graph leaves free."""
+    if torch.compiler.is_compiling():
+        if not SIZES_CAN_BE_ASKED:
+            return False
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return not torch.jit.is_tracing() and bool(condition)

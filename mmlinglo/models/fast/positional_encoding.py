@@ -1,0 +1,232 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import network
+from ..arguments import check_integer
+from .patch_moments import patch_moments
+from .precision import autocast_off
+from .seam import Rewriting
+from .synchronize import synchronize_statistics
+
+
+class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEncoding, plain=True):
+    r"""Conditional positional encoding (Sec. 3.2, Fig. 2) as one convolution, also in training.
+
+    Branch i with kernel w_i is normalized by the mean m and covariance S of the 3x3 patches of
+    x alone (:func:`.patch_moments.patch_moments`), whatever its own output is::
+
+        mean_i = w_i . m,  var_i = w_i^T S w_i,  a_i = weight_i / sqrt(var_i + eps)
+        out = x * (identity + sum_i a_i w_i) + sum_i (bias_i - a_i mean_i)
+
+    so that no branch's output is computed or kept for the backward pass. With running statistics
+    nothing is left to compute but the kernel, and :meth:`switch_to_deploy` fixes that for good
+    (RepVGG, Diverse Branch Block). Synchronized batch norms exchange the branches' statistics.
+
+    Args:
+        channels: Channels C of the input and the output.
+        num_branches: Parallel branches, at least 1. They and ``skip`` are the rows of Table 6:
+            CPE (1, False), R-CPE (1, True), P-CPE (4, False) and RP-CPE (4, True), the default.
+        skip: Whether the input is added to the branches.
+        norm_layer: Makes the norm of a branch from its channels; None for no norm and
+            convolutions with a bias. Batch norms are rewritten, other norms are not.
+        deploy: Whether to build the fused form, one convolution named :attr:`reparam`.
+
+    Raises:
+        ValueError: If ``channels`` or ``num_branches`` is below 1.
+        TypeError: If one is no integer, or ``deploy`` is asked of other norms.
+
+    Example:
+        >>> rp_cpe = ConditionalPositionalEncoding(256)
+        >>> rp_cpe(torch.rand(1, 256, 56, 56)).shape
+        torch.Size([1, 256, 56, 56])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_branches: int = 4,
+        skip: bool = True,
+        norm_layer: network.NormLayer = nn.BatchNorm2d,
+        deploy: bool = False,
+    ) -> None:
+        check_integer('channels', channels, 1)
+        check_integer('num_branches', num_branches, 1)
+        super().__init__(channels, num_branches, skip, norm_layer)
+        self.deploy = False
+        if deploy:
+            self.eval().switch_to_deploy()
+            self.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W)."""
+        return self.reparam(x) if self.deploy else super().forward(x)
+
+    def rewrite(self, x: Tensor) -> Optional[Tensor]:
+        # Of a single value, batch norm refuses to take statistics, with an error of its own.
+        if not self.is_linear or (self.uses_batch_statistics and x.numel() == x.shape[1]):
+            return None
+        kernel, bias = self.kernel_and_bias(x)
+        return F.conv2d(x, kernel, bias, padding=1, groups=kernel.shape[0])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether :meth:`kernel_and_bias` can be had: all branches are what they were built as,
+        with batch norms that all take the same statistics.
+        """
+        if self.deploy:
+            return _is_depthwise(self.reparam)
+        return all(
+            len(branch) == 2
+            and _is_depthwise(branch[0])
+            and branch[0].bias is None
+            and isinstance(branch[1], _BatchNorm)
+            and _uses_batch(branch[1]) == self.uses_batch_statistics
+            for branch in self.branches
+        )
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether :meth:`kernel_and_bias` depends on the values of ``x``."""
+        return not self.deploy and _uses_batch(self.branches[0][1])
+
+    def kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Kernel and bias that do the work of all branches on ``x``; running statistics are updated.
+
+        Args:
+            x: Feature map, (B, C, H, W).
+
+        Returns:
+            Kernel (C, 1, 3, 3) and bias (C,), differentiable.
+        """
+        if self.deploy:
+            return self.reparam.weight, self.reparam.bias
+        convs, norms = zip(*self.branches)
+        with autocast_off(x):
+            # shaped (branches, C, 9); the statistics, scales and biases (branches, C)
+            kernels = torch.stack([conv.weight.flatten(1) for conv in convs])
+            if self.uses_batch_statistics:
+                mean, var = self._batch_statistics(x, kernels)
+            else:
+                mean = torch.stack([norm.running_mean for norm in norms])
+                var = torch.stack([norm.running_var for norm in norms])
+            eps = var.new_tensor([norm.eps for norm in norms]).unsqueeze(1)
+            scale = (var + eps).rsqrt()
+            if norms[0].affine:
+                scale = scale * torch.stack([norm.weight for norm in norms])
+            kernel = (scale.unsqueeze(-1) * kernels).sum(0)
+            bias = -(scale * mean).sum(0)
+            if norms[0].affine:
+                # Not by stack and sum: the four gradients would be one piece of memory.
+                for norm in norms:
+                    bias = bias + norm.bias
+            if self.skip:
+                kernel = kernel + F.pad(kernel.new_ones(1), (4, 4))
+            return kernel.view(-1, 1, 3, 3).to(x.dtype), bias.to(x.dtype)
+
+    def _batch_statistics(self, x: Tensor, kernels: Tensor) -> Tuple[Tensor, Tensor]:
+        """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
+        norms = [norm for _, norm in self.branches]
+        patch_mean, patch_covariance = patch_moments(x)
+        kernels = kernels.to(patch_mean)
+        mean = (kernels * patch_mean).sum(-1)
+        var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
+        count = x.numel() // x.shape[1]
+        if isinstance(norms[0], nn.SyncBatchNorm):
+            mean, var, count = synchronize_statistics(mean, var, count, norms[0].process_group)
+        var = var.clamp(min=0)
+        for norm, batch_mean, batch_var in zip(norms, mean.detach(), var.detach()):
+            _update_running_statistics(norm, batch_mean, batch_var, count)
+        return mean, var
+
+    def switch_to_deploy(self) -> None:
+        """Replace the branches by one convolution with the same output.
+
+        The arithmetic is in float64. A second call does nothing.
+
+        Raises:
+            RuntimeError: In training mode, where batch norms use the batch's
+                statistics and the branches are no fixed linear map.
+            TypeError: If the norm of a branch is no batch norm.
+        """
+        if self.deploy:
+            return
+        if self.training:
+            raise RuntimeError(
+                'switch_to_deploy() needs evaluation mode: call model.eval() first, '
+                'since batch norms in training mode cannot be fused'
+            )
+        with torch.inference_mode(False), torch.no_grad():  # what it makes may get gradients later
+            kernel, bias = self.fused_kernel_and_bias()
+            channels, like = len(kernel), self.branches[0][0].weight
+            reparam = nn.Conv2d(channels, channels, 3, padding=1, groups=channels).to(like)
+            reparam.weight.copy_(kernel)
+            reparam.bias.copy_(bias)
+        self.reparam = reparam.eval()
+        del self.branches
+        self.deploy = True
+
+    def fused_kernel_and_bias(self) -> Tuple[Tensor, Tensor]:
+        """Kernel (C, 1, 3, 3) and bias (C,), in float64, of the fused form.
+
+        Raises:
+            TypeError: If the norm of a branch is no batch norm.
+        """
+        fused = [_fuse_conv_norm(*branch) for branch in self.branches]
+        kernel = sum(kernel for kernel, _ in fused)
+        bias = sum(bias for _, bias in fused)
+        if self.skip:
+            kernel[:, 0, 1, 1] += 1
+        return kernel, bias
+
+    def extra_repr(self) -> str:
+        return f'skip={self.skip}, deploy={self.deploy}'
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether it is a convolution as the encoding builds it."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+    expected = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
+    return geometry == expected and conv.groups == conv.in_channels == conv.out_channels
+
+
+def _uses_batch(norm: nn.Module) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _update_running_statistics(
+    norm: _BatchNorm, mean: Tensor, var: Tensor, count: Union[int, Tensor]
+) -> None:
+    """As batch norm does, with the unbiased variance and its kinds of averages."""
+    if not norm.training or not norm.track_running_stats:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # cumulative average
+        momentum = 1 / norm.num_batches_tracked.to(norm.running_mean)
+    unbiased = var * (count / (count - 1))
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.add_((batch.to(running) - running) * momentum)
+
+
+def _fuse_conv_norm(conv: nn.Conv2d, norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
+    """Kernel and bias, in float64, of a convolution followed by its batch norm."""
+    kernel = conv.weight.double()
+    bias = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.double()
+    if norm is None:
+        return kernel, bias
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        raise TypeError(
+            f'only batch norms with running statistics can be fused into a convolution, '
+            f'got {norm}: keep the training form, or train with norm_cfg=dict(type="BN")'
+        )
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        scale = scale * norm.weight.double()
+        shift = shift * norm.weight.double() + norm.bias.double()
+    return kernel * scale.view(-1, 1, 1, 1), bias * scale + shift

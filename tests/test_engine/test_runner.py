@@ -1,0 +1,182 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""What TrainingRunner refuses to resume, and how it fits schedules and learning rates."""
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.hooks import EarlyStoppingHook
+from mmengine.optim import LinearLR
+from torch import nn
+from toy import Recorder, Toy, build_runner
+
+from mmlinglo.engine import ReseedHook, fit_schedulers
+from mmlinglo.utils import CheckpointError
+
+WARM_UP = dict(type='LinearLR', start_factor=0.01, begin=0, end=100, by_epoch=False)
+POLY = dict(type='PolyLR', begin=100, end=1000, by_epoch=False)
+STEPS = dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[8, 11])
+COSINE = dict(type='CosineAnnealingLR', T_max=295, begin=5, end=300, by_epoch=True)
+
+
+def test_a_long_enough_training_keeps_its_schedule():
+    schedulers = [WARM_UP, POLY, STEPS, COSINE]
+    for lengths in ({True: 300, False: 1000}, {True: 10**6, False: 10**6}):
+        assert fit_schedulers(schedulers, lengths) == schedulers
+
+
+@pytest.mark.parametrize(
+    ('schedulers', 'lengths', 'expected'),
+    [
+        ([WARM_UP, POLY], {False: 50}, [dict(WARM_UP, end=5), dict(POLY, begin=5, end=50)]),
+        ([WARM_UP, POLY], {False: 5}, [dict(WARM_UP, end=1), dict(POLY, begin=1, end=5)]),
+        ([WARM_UP, POLY], {False: 1}, [dict(WARM_UP, end=1)]),
+        ([WARM_UP, POLY], {False: 500}, [WARM_UP, dict(POLY, end=500)]),
+        ([dict(WARM_UP, type=LinearLR)], {False: 20}, [dict(WARM_UP, type=LinearLR, end=2)]),
+        # another unit than the loop's
+        ([STEPS], {False: 5}, [STEPS]),
+        ([WARM_UP, STEPS], {True: 6, False: 60}, [dict(WARM_UP, end=6), dict(STEPS, end=6, milestones=[4, 5])]),
+        ([STEPS], {True: 1, False: 3}, [dict(STEPS, end=1, milestones=[])]),
+        ([STEPS], {True: 2, False: 3}, [dict(STEPS, end=2, milestones=[1])]),
+        ([COSINE], {True: 64, False: 9}, [dict(COSINE, end=64, T_max=59)]),
+        ([COSINE], {True: 5, False: 9}, []),
+        # a decay, not a warm-up
+        ([dict(WARM_UP, start_factor=1.0, end_factor=0.1)], {False: 50},
+         [dict(WARM_UP, start_factor=1.0, end_factor=0.1, end=50)]),
+    ],
+)  # fmt: skip
+def test_a_short_training_has_all_of_its_schedule(schedulers, lengths, expected):
+    before = [dict(each) for each in schedulers]
+    assert fit_schedulers(schedulers, lengths) == expected
+    assert schedulers == before
+
+
+@pytest.mark.parametrize('length', [1, 2, 5])
+@pytest.mark.parametrize(
+    'recipe', sorted(p.stem for p in (ROOT / 'configs/_base_/schedules').glob('*.py'))
+)
+def test_schedules_survive_a_short_training(recipe, length, tmp_path):
+    cfg = Config.fromfile(ROOT / f'configs/_base_/schedules/{recipe}.py')
+    runner = build_runner(
+        tmp_path,
+        by_epoch='max_epochs' in cfg.train_cfg,
+        length=length,
+        param_scheduler=cfg.param_scheduler,
+    )
+    runner.train()
+    for scheduler in runner.param_schedulers:
+        assert scheduler.end > scheduler.begin
+
+
+def test_accumulated_batches_count_for_the_learning_rate(tmp_path):
+    rates = []
+    for count in (1, 4):
+        runner = build_runner(
+            tmp_path,
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1), accumulative_counts=count),
+            auto_scale_lr=dict(enable=True, base_batch_size=32),
+        )
+        runner.train()
+        rates.append(runner.optim_wrapper.param_groups[0]['initial_lr'])
+    # batches of 4
+    assert rates == pytest.approx([0.1 * 4 / 32, 0.1 * 16 / 32])
+
+
+class OtherToy(Toy):
+    """Another number of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers[-1] = nn.Linear(8, 2).double()
+
+
+def test_another_model_is_not_resumed(tmp_path):
+    build_runner(tmp_path / 'first').train()
+    checkpoint = str(tmp_path / 'first/epoch_2.pth')
+    with pytest.raises(CheckpointError, match=r'\(1, 8\) instead of \(2, 8\).*load_from='):
+        build_runner(
+            tmp_path / 'second', model=OtherToy(), load_from=checkpoint, resume=True
+        ).train()
+    groups = dict(
+        optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.05),
+        paramwise_cfg=dict(norm_decay_mult=0.0),
+    )
+    with pytest.raises(CheckpointError, match='6 parameters in 1 groups'):
+        build_runner(
+            tmp_path / 'third', optim_wrapper=groups, load_from=checkpoint, resume=True
+        ).train()
+    recorder = Recorder()
+    build_runner(
+        tmp_path / 'fourth', model=OtherToy(), load_from=checkpoint, hooks=[recorder]
+    ).train()  # as weights to start from
+    assert len(recorder.losses) == 12
+
+
+class Counting(Recorder):
+    """A hook of somebody's with a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def after_train_iter(self, *args, **kwargs):
+        super().after_train_iter(*args, **kwargs)
+        self.count += 1
+
+    def state_dict(self):
+        return dict(count=self.count)
+
+    def load_state_dict(self, state):
+        self.count = state['count']
+
+
+@pytest.mark.parametrize('save_best', [None, 'score'])
+@pytest.mark.parametrize('stop_after', [2, 4])
+def test_the_state_of_hooks_is_resumed(save_best, stop_after, tmp_path):
+    """Early stopping at epoch 4, resumed after epoch 2 or after it had stopped."""
+    scores = [50.0, 40.0, 45.0, 20.0, 90.0, 25.0]
+
+    def run(folder, scores, **kwargs):
+        stopping = EarlyStoppingHook(monitor='score', rule='greater', patience=3)
+        counting = Counting()
+        runner = build_runner(
+            folder, length=6, val_interval=1, scores=scores, hooks=[stopping, counting, ReseedHook()],
+            checkpoint=dict(save_best=save_best, rule='greater') if save_best else None, **kwargs,
+        )  # fmt: skip
+        runner.train()
+        return runner, stopping, counting
+
+    runner, stopping, counting = run(tmp_path / 'whole', scores)
+    assert (runner.epoch, stopping.best_score, stopping.wait_count) == (4, 50.0, 3)
+
+    # the validation of the resumed epoch is repeated
+    resumed, again, counted = run(
+        tmp_path / 'resumed',
+        scores[stop_after - 1 :],
+        load_from=str(tmp_path / f'whole/epoch_{stop_after}.pth'),
+        resume=True,
+    )
+    assert (resumed.epoch, again.best_score, again.wait_count) == (4, 50.0, 3)
+    assert counted.count == counting.count == 12
+    for key, value in runner.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key])
+
+
+def test_a_rate_that_follows_a_metric_is_resumed(tmp_path):
+    """ReduceOnPlateauLR without save_best: a validation is missing in the checkpoint before it."""
+    scores = [5.0, 4.0, 3.0, 2.0]
+    kwargs = dict(
+        val_interval=1,
+        param_scheduler=dict(
+            type='ReduceOnPlateauLR', monitor='score', rule='greater', patience=1, by_epoch=True
+        ),
+    )
+    whole = build_runner(tmp_path / 'whole', scores=scores, **kwargs)
+    whole.train()
+    checkpoint = str(tmp_path / 'whole/epoch_2.pth')
+    resumed = build_runner(
+        tmp_path / 'resumed', scores=scores[1:], load_from=checkpoint, resume=True, **kwargs
+    )
+    resumed.train()
+    rates = [each.optim_wrapper.get_lr()['lr'][0] for each in (whole, resumed)]
+    assert rates[0] == rates[1] < 0.1

@@ -1,0 +1,472 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""The contract of every rewriting: nothing but speed and memory tells it from its definition."""
+
+import copy
+import io
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
+from conftest import TINY_ARCH, randomize_norms_
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmlinglo
+from mmlinglo import LinGlo
+from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, fast, network
+
+
+def attention(**kwargs):
+    attn = KeyOnlyAttention(12, 3, **kwargs)
+    for parameter in attn.parameters():
+        nn.init.normal_(parameter)
+    return attn
+
+
+def encoding(**kwargs):
+    return randomize_norms_(ConditionalPositionalEncoding(12, **kwargs))
+
+
+def ffn(**kwargs):
+    return randomize_norms_(fast.FFN(6, 12, encoding(**kwargs), None))
+
+
+class Case(NamedTuple):
+    build: object
+    shapes: list  # of inputs: small ones, where the definition may run, and large ones
+    parts: list  # layers that do the work
+
+
+# For the attention, the order changes at 8 to 16 tokens; for the FFN, in float32 without
+# gradients, the work is in bands from 2^21 hidden elements on.
+CASES = {
+    'attention': Case(
+        attention,
+        [(1, 1, 12), (2, 5, 12), (1, 9, 12), (2, 40, 12), (5, 40, 12)],
+        ['key', 'value', 'mix', 'proj', 'softmax'],
+    ),
+    'attention without biases': Case(
+        lambda: attention(qkv_bias=False), [(2, 5, 12), (3, 40, 12)], ['key', 'value']
+    ),
+    **{
+        name: Case(
+            lambda branches=branches, skip=skip: encoding(num_branches=branches, skip=skip),
+            [(2, 12, 1, 1), (2, 12, 1, 5), (3, 12, 6, 7)],
+            ['branches.0', 'branches.0.conv', 'branches.0.bn'],
+        )
+        for name, (branches, skip) in network.ENCODINGS.items()
+    },
+    'FFN': Case(
+        ffn,
+        [(2, 3, 4, 6), (2, 5, 1, 6), (2, 300, 300, 6)],
+        ['fc1', 'pos_encoding', 'pos_encoding.branches.1.conv', 'act', 'fc2'],
+    ),
+}
+each_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+each_part = pytest.mark.parametrize(
+    ('case', 'part'),
+    [pytest.param(c, part, id=f'{name}-{part}') for name, c in CASES.items() for part in c.parts],
+)
+
+
+def run(module, x, literal=False, grad=True):
+    """Output, gradients of all inputs and parameters, and state afterwards."""
+    module, x = copy.deepcopy(module), x.clone().requires_grad_(grad)
+    torch.manual_seed(1)
+    with mmlinglo.literal() if literal else torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad):
+            out = module(x)
+    if not grad:
+        return out, module.state_dict()
+    head = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).sin()
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    names, tensors = ['x', *trained], [x, *trained.values()]
+    gradients = torch.autograd.grad((out * head).sum(), tensors, allow_unused=True)
+    return out, dict(zip(names, gradients)), module.state_dict()
+
+
+@each_case
+@pytest.mark.parametrize('mode', ['train', 'norm_eval', 'eval', 'deploy'])
+@pytest.mark.parametrize('grad', [True, False])
+def test_values_gradients_and_statistics(case, mode, grad):
+    module = case.build().double().train(mode in ('train', 'norm_eval'))
+    for child in module.modules():
+        if mode == 'norm_eval' and isinstance(child, nn.BatchNorm2d):
+            child.eval()
+        if mode == 'deploy' and isinstance(child, ConditionalPositionalEncoding):
+            child.switch_to_deploy()
+    for shape in case.shapes[: 2 if case.build is ffn else None]:
+        x = torch.randn(shape, dtype=torch.float64) + 1
+        assert_close(
+            run(module, x, grad=grad), run(module, x, literal=True, grad=grad), rtol=1e-9, atol=1e-9
+        )
+
+
+@each_case
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('autocast', [True, False])
+def test_precision(case, dtype, training, autocast):
+    """About as near to float64 as the definition is, in autocast and in the dtype altogether."""
+    module = case.build().to(torch.float32 if autocast else dtype).train(training)
+    for shape in case.shapes[-1:]:
+        x = torch.randn(shape).to(dtype) + 1
+        truth = run(copy.deepcopy(module).double(), x.double(), literal=True, grad=False)[0]
+        errors = []
+        for literal in (False, True):
+            with torch.autocast('cpu', dtype=dtype, enabled=autocast and dtype.itemsize == 2):
+                out = run(module, x, literal=literal, grad=False)[0]
+            errors.append((out.double() - truth).square().mean().sqrt().item())
+        assert out.dtype == dtype
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * truth.abs().max(), shape
+
+
+def count_products(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops() // 2
+
+
+def is_rewritten(module, x):
+    """Whether other operations run than with all rewritings off."""
+    operations = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations[-1].append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for literal in (False, True):
+        operations.append([])
+        with torch.no_grad(), Watch():
+            if literal:
+                with mmlinglo.literal():
+                    copy.deepcopy(module)(x)
+            else:
+                copy.deepcopy(module)(x)
+    return operations[0] != operations[1]
+
+
+@each_case
+def test_the_switches(case):
+    """A rewriting is on by default on a CPU only; an argument and ``literal()`` turn it off."""
+    module, x = case.build().train(), torch.randn(case.shapes[-1])
+    assert is_rewritten(module, x)
+    on_meta, fake = copy.deepcopy(module).to('meta'), x.to('meta')
+    assert not is_rewritten(on_meta, fake)
+    for child in [*module.modules(), *on_meta.modules()]:
+        child.fast = True
+    assert is_rewritten(module, x)
+    assert is_rewritten(on_meta, fake)
+    for child in module.modules():
+        child.fast = False
+    assert not is_rewritten(module, x)
+
+
+def test_literal_can_be_nested_and_ends_with_an_error():
+    module, x = attention(), torch.randn(2, 40, 12)
+    with mmlinglo.literal():
+        with mmlinglo.literal():
+            pass
+        assert count_products(module, x) == 4 * 2 * 40 * 12**2 + 2 * 2 * 40 * 12
+    with pytest.raises(KeyError), mmlinglo.literal():
+        raise KeyError
+    assert is_rewritten(module, x)
+
+
+@each_part
+@pytest.mark.parametrize('kind', ['forward', 'forward_pre', 'full_backward', 'full_backward_pre'])
+def test_hooks_are_called(case, part, kind):
+    """Once for each pass of their layer, at every size and in each mode."""
+    for shape in case.shapes[: 2 if case.build is ffn else None]:
+        for training in (True, False):
+            module = case.build().double().train(training)
+            calls = []
+            layer = module.get_submodule(part)
+            getattr(layer, f'register_{kind}_hook')(lambda *_, calls=calls: calls.append(part))
+            if training and torch.Size(shape[:1] + shape[2:]).numel() == 1 and 'bn' in part:
+                continue
+            x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            module(x).sum().backward()
+            assert len(calls) == 1, (shape, training)
+
+
+@each_part
+def test_global_hooks_are_called(case, part):
+    module = case.build().eval()
+    layer, calls = module.get_submodule(part), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda called, *_: calls.append(called) if called is layer else None
+    )
+    try:
+        with torch.no_grad():
+            module(torch.randn(case.shapes[-1]))
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+
+
+class Scaled(nn.Module):
+    """An adapter around a layer, as PEFT libraries put them."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.scale = nn.Parameter(torch.full((), 3.0, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.scale * self.layer(x)
+
+
+def replace(module, name, layer):
+    parent, _, child = name.rpartition('.')
+    setattr(module.get_submodule(parent), child, layer)
+
+
+each_weighted_part = pytest.mark.parametrize(
+    ('case', 'part'),
+    [p.values for p in each_part.args[1] if p.values[1].endswith(('key', 'value', 'mix', 'proj', 'conv', 'fc1', 'fc2'))],
+    ids=[p.id for p in each_part.args[1] if p.values[1].endswith(('key', 'value', 'mix', 'proj', 'conv', 'fc1', 'fc2'))],
+)  # fmt: skip
+
+
+@each_weighted_part
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    'change', ['adapter', 'pruning', 'weight norm', 'old weight norm', 'instance forward']
+)
+def test_exchanged_and_changed_layers_are_obeyed(case, part, training, change):
+    """In two steps each, with the gradients of what was added."""
+    for shape in case.shapes[1:2] + case.shapes[-1:]:
+        if case.build is ffn:
+            shape = case.shapes[0]
+        module = case.build().double().train(training)
+        layer = module.get_submodule(part)
+        expected = copy.deepcopy(module)
+        if change == 'adapter':
+            replace(module, part, Scaled(layer))
+            twin = expected.get_submodule(part)
+            for parameter in twin.parameters():
+                parameter.data *= 3
+        elif change == 'pruning':
+            torch.nn.utils.prune.l1_unstructured(layer, 'weight', 0.5)
+            expected.get_submodule(part).weight.data *= layer.weight_mask
+        elif change == 'weight norm':
+            torch.nn.utils.parametrizations.weight_norm(layer)
+        elif change == 'old weight norm':
+            with pytest.warns(FutureWarning):
+                torch.nn.utils.weight_norm(layer)
+        else:
+            plain = layer.forward
+            layer.forward = lambda x, plain=plain: 3 * plain(x)
+            for parameter in expected.get_submodule(part).parameters():
+                parameter.data *= 3
+        for _ in range(2):
+            x = torch.randn(shape, dtype=torch.float64)
+            with mmlinglo.literal():
+                want = expected(x)
+            got = module(x)
+            assert_close(got, want, rtol=1e-9, atol=1e-9)
+            got.square().sum().backward()
+        gradients = [p.grad for p in module.get_submodule(part).parameters()]
+        assert all(gradient is not None for gradient in gradients)
+
+
+@each_case
+def test_subclasses_are_obeyed(case):
+    module = case.build().eval()
+    cls = type(module)
+
+    class Doubled(cls):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x = torch.randn(case.shapes[-1])
+    with torch.no_grad():
+        expected = module(x)
+        module.__class__ = Doubled
+        assert_close(module(x), 2 * expected, rtol=1e-3, atol=1e-3)
+    if cls is ConditionalPositionalEncoding:
+        whole = randomize_norms_(fast.FFN(6, 12, module, None)).eval()
+        tokens = torch.randn(1, 5, 7, 6)
+        with torch.no_grad():
+            hidden = 2 * copy.deepcopy(cls.forward(module, whole.fc1(tokens).permute(0, 3, 1, 2)))
+            expected = whole.fc2(F.gelu(hidden).permute(0, 2, 3, 1))
+            assert_close(whole(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_activation_is_obeyed():
+    module, x = ffn().eval(), torch.randn(2, 5, 7, 6)
+    for activation in (nn.GELU('tanh'), nn.ReLU()):
+        module.act = activation
+        with torch.no_grad(), mmlinglo.literal():
+            expected = module(x)
+        with torch.no_grad():
+            assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('change', [dict(dilation=2, padding=2), dict(padding_mode='circular')])
+def test_another_convolution_is_obeyed(change):
+    module, x = encoding().eval(), torch.randn(2, 12, 7, 6)
+    kwargs = dict(padding=1, groups=12, bias=False, **{}) | change
+    module.branches[1].conv = nn.Conv2d(12, 12, 3, **kwargs)
+    expected = x + sum(branch.bn(branch.conv(x)) for branch in module.branches)
+    assert_close(module(x), expected)
+
+
+def build_tiny(deploy=False, **kwargs):
+    model = LinGlo(arch=TINY_ARCH, **kwargs)
+    model.init_weights()
+    randomize_norms_(model).eval()
+    if deploy:
+        model.switch_to_deploy()
+    return model
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+def test_dynamic_quantization(deploy):
+    model, x = build_tiny(deploy), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        for got, want in zip(quantized(x), expected):
+            assert (got - want).abs().max() < 0.2 * want.abs().max()
+            assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize('deploy', [False, True])
+def test_pickle_and_deepcopy(deploy):
+    model, x = build_tiny(deploy), torch.rand(1, 3, 64, 64)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.no_grad():
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert_close(other(x), model(x), rtol=0, atol=0)
+
+
+def test_deployed_models_can_be_fine_tuned():
+    """All parameters get the gradients of the training form's, and changes in place count at once."""
+    deployed, x = build_tiny(deploy=True).double(), torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    results = []
+    for literal in (False, True):
+        with mmlinglo.literal() if literal else torch.enable_grad():
+            loss = sum(out.square().mean() for out in deployed(x))
+        results.append(torch.autograd.grad(loss, list(deployed.parameters())))
+    assert_close(*results)
+    assert all(gradient.abs().max() > 0 for gradient in results[0])
+    with torch.no_grad():
+        for parameter in deployed.parameters():
+            parameter.data.mul_(1.1)  # as EMA hooks do
+        got = deployed(x)
+        with mmlinglo.literal():
+            assert_close(got, deployed(x))
+
+
+def test_switching_in_inference_mode():
+    model = build_tiny()
+    with torch.inference_mode():
+        model.switch_to_deploy()
+    x = torch.rand(1, 3, 64, 64, requires_grad=True)
+    sum(out.sum() for out in model(x)).backward()
+    assert x.grad.abs().max() > 0
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@each_case
+def test_second_derivatives(case):
+    """A gradient penalty, against the definition."""
+    module = case.build().double().train()
+    for shape in case.shapes[1:2] if case.build is ffn else case.shapes[1:]:
+        penalties = []
+        x = torch.randn(shape, dtype=torch.float64)
+        for literal in (False, True):
+            leaf = x.clone().requires_grad_()
+            with mmlinglo.literal() if literal else torch.enable_grad():
+                out = copy.deepcopy(module)(leaf).sin().sum()
+            (gradient,) = torch.autograd.grad(out, leaf, create_graph=True)
+            penalties.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+        assert_close(*penalties, rtol=1e-8, atol=1e-8)
+
+
+@each_case
+def test_function_transforms(case):
+    module = case.build().double().eval()
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(case.shapes[1], dtype=torch.float64)
+
+    def loss(values):
+        return torch.func.functional_call(module, values, (x,)).sin().sum()
+
+    got = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(module(x).sin().sum(), list(module.parameters()))
+    assert_close(got, dict(zip(parameters, expected)), rtol=1e-9, atol=1e-9)
+    module.train()
+    if 'running_mean' not in str(module.state_dict().keys()):
+        return
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+            norm.num_batches_tracked = None
+    got = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(module(x).sin().sum(), list(module.parameters()))
+    assert_close(got, dict(zip(parameters, expected)), rtol=1e-9, atol=1e-9)
+
+
+@each_case
+def test_compile_and_export(case):
+    """One graph each, of equal values, for sizes that are left free."""
+    module, x = case.build().eval(), torch.randn(case.shapes[-1 if case.build is not ffn else 0])
+    with torch.no_grad():
+        expected = module(x)
+        compiled = torch.compile(module, backend='eager', fullgraph=True)
+        assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+        exported = torch.export.export(module, (x,))
+        assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-4)
+        traced = torch.jit.trace(module, x)
+        assert_close(traced(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_takes_the_cheaper_order():
+    """Multiply-adds as the class counts them, at each number of tokens around the change."""
+    for batch_size in (1, 2, 3, 5):
+        for channels in (4, 12):
+            attn, taken = KeyOnlyAttention(channels, 1), []
+            for tokens in range(1, 4 * channels):
+                literal = 4 * batch_size * tokens * channels**2
+                products = min(2 * batch_size, batch_size + 2) * channels**3
+                folded = batch_size * tokens * channels**2 + products
+                x = torch.randn(batch_size, tokens, channels)
+                definition = literal + 2 * batch_size * tokens * channels
+                taken.append(count_products(attn, x) != definition)
+                assert taken[-1] == (8 * folded < 5 * literal), (batch_size, channels, tokens)
+            assert set(taken) == {True, False}
+
+
+def test_only_the_input_is_kept_for_the_backward_pass():
+    module = ConditionalPositionalEncoding(32).train()
+    x = torch.randn(2, 32, 40, 40).to(memory_format=torch.channels_last).requires_grad_()
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    assert kept.pop(x.untyped_storage().data_ptr()) == 4 * x.numel()
+    assert sum(kept.values()) < 0.5 * 4 * x.numel()  # kernels and statistics, no maps
+
+
+def test_gradients_do_not_share_memory():
+    """Otherwise an operation in place, such as clipping, would reach one of them several times."""
+    module = encoding().train()
+    module(torch.randn(2, 12, 5, 4)).square().sum().backward()
+    bytes_of = [
+        range(p.grad.data_ptr(), p.grad.data_ptr() + 4 * p.numel(), 4) for p in module.parameters()
+    ]
+    assert len(set().union(*bytes_of)) == sum(map(len, bytes_of))

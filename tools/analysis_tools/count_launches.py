@@ -1,0 +1,66 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+"""Count what a step of a backbone asks of a GPU; no GPU is needed, and nothing is timed.
+
+Launches are operations that are no views; one may be several kernels. "Moved" is the size of their
+inputs and outputs, "saved" what the forward keeps for the backward. The lower bound is the time that an
+H100 needs to move the bytes (3.35 TB/s) or to launch the operations (4 us each), whichever is longer.
+"""
+
+import argparse
+from itertools import product
+from typing import List, Optional
+
+from mmlinglo.analysis import launches
+from mmlinglo.analysis.peers import ALL
+from mmlinglo.analysis.report import format_table, provenance, write_report
+from mmlinglo.utils.cli import UsageError, run
+
+MODELS = [f'{family}_b{size}' for size in range(3) for family in ('linglo', 'pvt_v2')]
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add('--models', nargs='+', metavar='NAME', default=MODELS, help=f'of {", ".join(ALL)}')
+    text = '; '.join(f'{form}: {what}' for form, what in launches.FORMS.items())
+    add('--forms', nargs='+', choices=launches.FORMS, default=['plain'], help=f'LinGlo: {text}')
+    text = 'default: train, forward and backward'
+    add('--modes', nargs='+', choices=launches.MODES, default=['train'], help=text)
+    text = 'autocast; default: none'
+    add('--amp', nargs='+', choices=launches.AMP, default=['none'], help=text)
+    add('--batch-size', type=int, default=8, help='default: %(default)s')
+    text = 'of the images, in pixels; default: 224 224, for pooled features; else four feature maps'
+    add('--shape', nargs=2, type=int, metavar=('H', 'W'), default=(224, 224), help=text)
+    add('--channels-last', action='store_true', help='layout of images and kernels')
+    out = 'work_dirs/analysis/count_launches'
+    add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
+    if min(args.shape) < 64:
+        parser.error(f'--shape must be at least 64 64, got {args.shape[0]} {args.shape[1]}')
+    return args
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
+    images, rows = (args.batch_size, 3, *args.shape), []
+    for name, mode, amp in product(args.models, args.modes, args.amp):
+        forms = args.forms if name.startswith('linglo_b') else ['plain']
+        for form in forms:
+            try:
+                model = launches.build_form(name, args.shape, mode, form)
+                counts = launches.count_launches(model, images, amp, args.channels_last)
+            except (ValueError, ModuleNotFoundError) as error:
+                raise UsageError(f'{name}: {error}') from error
+            row = dict(model=name, form=form, mode=mode, amp=amp)
+            row['images'] = '{} x {} x {}'.format(args.batch_size, *args.shape)
+            rows.append({**row, **counts.row()})
+    source = provenance('cpu', counted='with CUDA tensors without data; nothing was timed')
+    write_report(args.out, rows, source)
+    print(format_table(rows, launches.COLUMNS), f'{args.out}.json, .csv', sep='\n')
+    return 0
+
+
+if __name__ == '__main__':
+    run(main)
