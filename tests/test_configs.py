@@ -49,12 +49,12 @@ def toolbox_config(package: str, path: str) -> Config:
 
 
 def without_backend_args(cfg):
-    """Drop `backend_args=None`, which the toolboxes' pipelines state everywhere."""
+    """Drop `backend_args=None`, which the toolboxes' pipelines state everywhere, and the scopes of what is inherited."""
     if isinstance(cfg, Config):
         return Config(without_backend_args(cfg.to_dict()))
     if isinstance(cfg, dict):
         items = ((k, without_backend_args(v)) for k, v in cfg.items())
-        return {k: v for k, v in items if k != 'backend_args'}
+        return {k: v for k, v in items if k not in ('backend_args', '_scope_')}
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(without_backend_args(v) for v in cfg)
     return cfg
@@ -77,7 +77,7 @@ def inputs_for(cfg: Config, model, size: int = 64) -> dict:
         for i in range(2):
             sample = DetDataSample(metainfo={**shape, 'pad_shape': (size, size)})
             sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([i]))
-            if model.with_mask:
+            if model.with_mask or hasattr(model, 'panoptic_head'):
                 from mmdet.structures.mask import BitmapMasks
 
                 mask = np.zeros((1, size, size), dtype=np.uint8)
@@ -100,6 +100,12 @@ def make_small(cfg: Config) -> None:
     """Let a test afford the model: small crops, few proposals, whose heads cost most of all."""
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (64, 64)
+    if 'num_queries' in cfg.model:
+        cfg.model.num_queries = 8
+    if 'panoptic_head' in cfg.model:
+        cfg.model.panoptic_head.num_queries = 8
+        cfg.model.train_cfg.num_points = 64
+        cfg.model.data_preprocessor.batch_augments = None  # pads to 1024 x 1024
     if 'roi_head' in cfg.model:
         train_cfg, test_cfg = cfg.model.train_cfg, cfg.model.test_cfg
         train_cfg.rpn_proposal.max_per_img = test_cfg.rpn.max_per_img = 8
@@ -119,7 +125,9 @@ def test_builds_takes_a_loss_step_and_predicts(path):
     if cfg.default_scope != 'mmpretrain':
         embed_dims = model.backbone.arch['embed_dims']
         channels = [embed_dims[i] for i in model.backbone.out_indices]
-        first = cfg.model.neck if 'neck' in cfg.model else cfg.model.decode_head
+        first = next(
+            cfg.model[k] for k in ('neck', 'decode_head', 'panoptic_head') if k in cfg.model
+        )
         assert first.in_channels == channels
         if 'auxiliary_head' in cfg.model:
             auxiliary = cfg.model.auxiliary_head
@@ -415,6 +423,71 @@ def test_new_layers_start_from_xavier(task):
         torch.testing.assert_close(prior, torch.full_like(prior, 0.01))
 
 
+@pytest.mark.parametrize('task', ['coco', 'ade20k'])
+def test_the_start_is_all_that_a_pvtv2_init_recipe_changes(task):
+    plain = load(task, 'b1')
+    cfg = leaf(Path(plain.filename).stem.replace('linglo-b1', 'linglo-b1_pvtv2-init'))
+    start = cfg.model.backbone.pop('init_cfg')
+    del plain.model.backbone['init_cfg']
+    assert cfg.model == plain.model
+    assert start.type == 'mmlinglo.PVTv2Init'
+    dataset = cfg.train_dataloader.dataset
+    folder = dataset.data_prefix.img if task == 'coco' else dataset.data_prefix.img_path
+    assert Path(start.images) == Path(dataset.data_root) / folder
+    theirs = toolbox_config('mmdet', 'pvt/retinanet_pvtv2-b1_fpn_1x_coco.py')
+    assert start.checkpoint == theirs.model.backbone.init_cfg.checkpoint
+
+
+# Recipes that inherit from mmdet's own: what they change of it.
+INHERITED = {
+    'rtmdet_linglo-b1_8xb32-300e_coco': 'rtmdet/rtmdet_m_8xb32-300e_coco.py',
+    'dino-4scale_linglo-b1_8xb2-12e_coco': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
+    'mask2former_linglo-b1_8xb2-lsj-50e_coco': 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
+}
+
+
+@pytest.mark.parametrize('name', INHERITED)
+def test_recipes_that_inherit_from_mmdet(name):
+    theirs, ours = toolbox_config('mmdet', INHERITED[name]), without_backend_args(leaf(name))
+    own = load('coco', 'b1')
+    out_indices = ours.model.backbone.get('out_indices', (0, 1, 2, 3))
+    assert {**ours.model.backbone, 'out_indices': None} == {
+        **own.model.backbone,
+        'out_indices': None,
+    }
+    preprocessor = ours.model.data_preprocessor  # as the backbone was trained on ImageNet
+    for key in ('mean', 'std', 'bgr_to_rgb'):
+        assert preprocessor[key] == own.model.data_preprocessor[key]
+    channels = [EMBED_DIMS['b1'][i] for i in out_indices]
+    theirs.model.data_preprocessor.update(
+        {k: preprocessor[k] for k in ('mean', 'std', 'bgr_to_rgb')}
+    )
+    theirs.model.backbone = ours.model.backbone
+    part = theirs.model.get('neck', theirs.model.get('panoptic_head'))
+    part.in_channels = channels
+    if name.startswith('rtmdet'):
+        for key in ('neck', 'bbox_head'):
+            assert theirs.model[key].norm_cfg.type == 'SyncBN'
+            theirs.model[key].norm_cfg.type = 'BN'  # which `sync_bn` makes a SyncBN
+    assert ours.model == theirs.model
+    for key in (
+        'train_dataloader',
+        'val_dataloader',
+        'test_dataloader',
+        'train_cfg',
+        'param_scheduler',
+        'optim_wrapper',
+        'custom_hooks',
+    ):
+        assert ours.get(key) == theirs.get(key), key
+    gpus, batch_size = map(int, re.search(r'_(\d+)xb(\d+)-', name).groups())
+    assert ours.train_dataloader.batch_size == batch_size
+    assert ours.auto_scale_lr.base_batch_size == gpus * batch_size
+    for key in ('reseed', 'picture_errors', 'non_finite'):
+        assert ours.default_hooks[key] == own.default_hooks[key]
+    assert ours.default_hooks.checkpoint.type == own.default_hooks.checkpoint.type
+
+
 CASCADE = 'cascade-mask-rcnn_linglo-b2_fpn_4conv1fc-giou_ms-crop-3x_coco'
 MMDET_SOURCES = {  # files that have the same heads, data and schedule
     'faster-rcnn_linglo-b0_fpn_1x_coco': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
@@ -426,6 +499,9 @@ MMDET_SOURCES = {  # files that have the same heads, data and schedule
 @pytest.mark.parametrize('name', MMDET_SOURCES)
 def test_two_stage_detectors_match_mmdet(name):
     theirs, ours = toolbox_config('mmdet', MMDET_SOURCES[name]), leaf(name)
+    for extractor in ('bbox_roi_extractor', 'mask_roi_extractor'):
+        if extractor in theirs.model.roi_head:  # mmcv's own ignores the strides of its input
+            theirs.model.roi_head[extractor].roi_layer.use_torchvision = True
     if name == CASCADE:
         for head in theirs.model.roi_head.bbox_head:
             assert head.norm_cfg.type == 'SyncBN'

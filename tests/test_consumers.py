@@ -19,9 +19,7 @@ from conftest import TINY_ARCH, randomize_norms_
 from mmengine.registry import MODELS
 from torch import Tensor
 
-import mmlinglo
 from mmlinglo import LinGlo
-from mmlinglo.utils.deploy import build_model, switch_to_deploy
 
 ops = pytest.importorskip('mmcv.ops', exc_type=ImportError)
 compiled = pytest.importorskip('mmcv._ext', exc_type=ImportError)

@@ -14,6 +14,7 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from mmengine.config import Config
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -34,7 +35,8 @@ NO_PRODUCTS = frozenset(
     'contiguous to_copy lift_fresh cat stack flip roll repeat constant_pad_nd im2col '
     'pixel_shuffle unsafe_view index index_select index_put gather scatter masked_fill arange '
     'empty empty_like empty_strided fill full full_like linspace ones ones_like zeros zeros_like '
-    'new_empty new_full new_ones new_zeros scalar_tensor device as_strided'.split()
+    'new_empty new_full new_ones new_zeros scalar_tensor device as_strided '
+    'floor_divide local_scalar_dense grid_sampler_2d max topk'.split()
 )
 
 
@@ -73,24 +75,24 @@ class _RefuseOtherProducts(TorchDispatchMode):
 def count_complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:
     """Count parameters and multiply-adds of one forward pass, in the mode that the model is in.
 
-    The pass runs on tensors without data and leaves the model as it is. Parts are the model's direct
-    children, and 'other'. Attention counts as the two products of its definition.
+    The pass runs on tensors without data, or on zeros where its steps depend on values, and leaves the
+    model as it is. Parts are the model's direct children, and 'other'. Attention counts as the two products
+    of its definition.
 
     Raises:
-        ValueError: If an operator may be a product that torch does not count, or what is executed
-            depends on a tensor's values.
+        ValueError: If an operator may be a product that torch does not count, or the pass fails.
     """
-    counter, fake = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
     # The weights too: an in-place change of a real tensor would be carried out.
     tensors = ({**dict(model.named_parameters()), **dict(model.named_buffers())}, args, kwargs)
-    with mmlinglo.literal(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), fake:
-        # In this order: the counter splits some operators into others.
-        with counter, _RefuseOtherProducts():
-            try:
-                functional_call(model, *tree_map_only(Tensor, fake.from_tensor, tensors))
-            except RuntimeError as error:
-                raise ValueError(f'the forward pass fails without data: {error}') from error
-    counts = counter.get_flop_counts()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with fake:
+            counts = _count(model, *tree_map_only(Tensor, fake.from_tensor, tensors))
+    except RuntimeError:
+        try:
+            counts = _count(model, *tree_map_only(Tensor, torch.zeros_like, tensors))
+        except RuntimeError as error:
+            raise ValueError(f'the forward pass fails: {error}') from error
     operators: Dict[str, Counter] = {}
     other = Counter(counts.pop('Global', {}))
     for name, found in counts.items():
@@ -110,6 +112,16 @@ def count_complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:
         for part, found in operators.items()
     }
     return Complexity(dict(parameters), named)
+
+
+def _count(model: nn.Module, tensors: Dict[str, Tensor], args: tuple, kwargs: dict) -> dict:
+    """Multiply-adds, doubled, by the names of modules and then by operators."""
+    counter = FlopCounterMode(display=False)
+    with mmlinglo.literal(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        # In this order: the counter splits some operators into others.
+        with counter, _RefuseOtherProducts():
+            functional_call(model, tensors, args, kwargs)
+    return counter.get_flop_counts()
 
 
 def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexity]:
@@ -132,8 +144,14 @@ def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexit
         model.forward = MethodType(_forward_with_most_regions, model)
     deployed = copy.deepcopy(model)
     switch_to_deploy(deployed)
+    sample = BaseDataElement(
+        metainfo=dict(batch_input_shape=shape, img_shape=shape, ori_shape=shape)
+    )
     forms = dict(training=model, deployed=deployed)
-    return {form: count_complexity(twin, image, mode='tensor') for form, twin in forms.items()}
+    return {
+        form: count_complexity(twin, image, mode='tensor', data_samples=[sample])
+        for form, twin in forms.items()
+    }
 
 
 def _forward_with_most_regions(self: nn.Module, images: Tensor, **_: Any) -> Tuple[Any, ...]:

@@ -26,17 +26,27 @@ than added up. PVTv2's queries and spatial reduction are not used otherwise.
 """
 
 import re
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+import mmcv
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from mmengine.model.weight_init import update_init_info
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from mmlinglo.checkpoint import CheckpointError, find_state_dict, load_model_weights
+from mmlinglo.checkpoint import (
+    CheckpointError,
+    find_state_dict,
+    load_checkpoint_file,
+    load_model_weights,
+)
 from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo
 from mmlinglo.models.network import ENCODINGS
+from mmlinglo.registry import WEIGHT_INITIALIZERS
 
 Weights = Dict[str, Tensor]
 Maps = List[Tensor]  # one tensor for each batch of images
@@ -75,6 +85,109 @@ class Conversion(NamedTuple):
 
     origins: Dict[str, str]  # of each tensor of LinGlo
     differences: List[float]  # of each stage's output
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class PVTv2Init:
+    """Start a LinGlo from a checkpoint of PVTv2 when a training starts.
+
+    For configs: ``init_cfg=dict(type='mmlinglo.PVTv2Init', checkpoint=..., images=...)``. All weights of the
+    checkpoint's backbone must be there and fit. :func:`convert_pvtv2` says what becomes of them; the numbers go
+    to the log. ``tools/model_converters/pvtv2_to_linglo.py`` does the same once, with the images of the config, and
+    writes a file.
+
+    Args:
+        checkpoint: Path or URL, see :func:`timm_weights`.
+        images: Folder whose pictures, also those in its sub-folders, measure and fit what the two networks do not
+            share. Pictures of the training are best. None for noise with the spectrum of photographs, which is
+            worse, see docs/reproduction.md.
+        num_images: Pictures to use, 2 or more, evenly spread over the sorted names.
+        steps: Gradient steps for each layer that is fitted.
+
+    Raises:
+        ValueError: If there are too few pictures.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        images: Optional[str] = None,
+        num_images: int = 256,
+        steps: int = 100,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.images = images
+        self.num_images = num_images
+        self.steps = steps
+
+    def __call__(self, linglo: LinGlo) -> None:
+        weights, _ = timm_weights(load_checkpoint_file(self.checkpoint), self.checkpoint)
+        pvtv2 = load_pvtv2(weights, linglo.arch, self.checkpoint)
+        device = next(linglo.parameters()).device
+        if self.images is None:
+            images = make_noise(self.num_images)
+        else:
+            images = read_images(self.images, self.num_images)
+        batches = [batch.to(device) for batch in images.split(max(1, min(16, len(images) // 2)))]
+        training = linglo.training
+        origins, differences = convert_pvtv2(pvtv2.to(device), linglo, batches, self.steps)
+        linglo.train(training)
+        kinds = ', '.join(
+            f'{sum(origin == kind for origin in origins.values())} {kind}'
+            for kind in ('taken', 'derived', 'repeated', 'new')
+        )
+        info = f'{type(self).__name__}: {self.checkpoint}'
+        if hasattr(linglo, '_params_init_info'):
+            update_init_info(linglo, init_info=info)  # else mmengine reports all of them unchanged
+        print_log(
+            f'{info}: {kinds} of {len(origins)} tensors. Difference of the outputs of its stages from those of PVTv2: '
+            f'{", ".join(f"{difference:.1%}" for difference in differences)}',
+            logger='current',
+        )
+
+
+def read_images(folder: Union[str, Path], count: int, size: int = 224) -> Tensor:
+    """Read pictures as classifiers see them in evaluation, normalized with ImageNet's mean and spread.
+
+    Args:
+        folder: Pictures, also in sub-folders.
+        count: How many; fewer if there are fewer.
+        size: Height and width in pixels.
+
+    Returns:
+        Images (B, 3, ``size``, ``size``).
+
+    Raises:
+        ValueError: If there are fewer than 2 pictures.
+    """
+    suffixes = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
+    paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in suffixes)
+    if len(paths) < 2:
+        raise ValueError(f'{str(folder)!r} holds {len(paths)} pictures, at least 2 are needed')
+    images = []
+    for index in np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int):
+        image = mmcv.imread(paths[index], channel_order='rgb')
+        scale = size * 8 / 7 / min(image.shape[:2])
+        width, height = (max(size, round(side * scale)) for side in image.shape[1::-1])
+        image = mmcv.imresize(image, (width, height), interpolation='bicubic')
+        top, left = (height - size) // 2, (width - size) // 2
+        images.append(torch.from_numpy(image[top : top + size, left : left + size].copy()))
+    mean, spread = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
+    return ((torch.stack(images) - mean) / spread).permute(0, 3, 1, 2)
+
+
+def make_noise(count: int, size: int = 224) -> Tensor:
+    """Noise (``count``, 3, ``size``, ``size``) whose amplitudes fall with the frequency, as those of photographs do.
+
+    The channels have most of it in common. Mean 0 and variance 1, as normalized images have on average.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
+    spectrum = 1 / (rows.square() + columns.square()).sqrt().clamp(min=1 / size)
+    white = torch.randn(count, 4, size, size, generator=generator)
+    noise = torch.fft.irfft2(torch.fft.rfft2(white) * spectrum, s=(size, size))
+    noise = noise[:, :1] + 0.3 * noise[:, 1:]
+    return (noise - noise.mean()) / noise.std()
 
 
 def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weights]]:
@@ -140,7 +253,12 @@ def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
     Raises:
         CheckpointError: If the weights are those of another size or model.
     """
-    from timm.models.pvt_v2 import PyramidVisionTransformerV2  # needed here only
+    try:
+        from timm.models.pvt_v2 import PyramidVisionTransformerV2  # needed here only
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'PVTv2 itself comes from timm, which is missing: pip install timm', name='timm'
+        ) from error
 
     depths = PVTV2_DEPTHS.get(arch['depths'], arch['depths'])
     model = PyramidVisionTransformerV2(

@@ -206,9 +206,7 @@ def test_drawings_show_the_picture_in_its_colours(experiment, predictor, tmp_pat
 
 def test_deployed_form_predicts_the_same(experiment, predictor):
     deployed = load_predictor(experiment, deploy=True)
-    parameters = [
-        sum(p.numel() for p in each.model.parameters()) for each in (deployed, predictor)
-    ]
+    parameters = [sum(p.numel() for p in each.model.parameters()) for each in (deployed, predictor)]
     assert parameters[0] < parameters[1]
     images = [scene(seed=1)]
     first, second = (predict(each, *images)[0] for each in (predictor, deployed))

@@ -82,7 +82,7 @@ def updated_row(path: Path, old: dict) -> dict:
     """Row of a config; what the old row says beyond that stays."""
     task = path.parent.name
     cfg = load_config(str(path))
-    masks = 'mask_head' in cfg.model.get('roi_head', {})
+    masks = 'mask_head' in cfg.model.get('roi_head', {}) or 'panoptic_head' in cfg.model
     results = [
         dict(Task=name, Dataset=DATASETS[task], Metrics=None)
         for name in TASKS[task]

@@ -82,10 +82,13 @@ def is_plain(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or 'forward' in module.__dict__  # patched on the instance
-        or getattr(module, 'approximate', 'none') != 'none'  # of GELU
+        or module.__dict__.get('approximate', 'none') != 'none'  # of GELU
     ):
         return False
     for param in module._parameters.values():
         if type(param) is not nn.Parameter and is_traceable_wrapper_subclass(param):
             return False
-    return all(is_plain(child) for child in module._modules.values())
+    for child in module._modules.values():
+        if not is_plain(child):
+            return False
+    return True
