@@ -18,6 +18,7 @@ dist_launch() {
     if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
         rendezvous=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
     fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, but with a warning
     exec "$PYTHON" -m torch.distributed.run --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
         --nproc_per_node "$gpus" "${rendezvous[@]}" "$@" --launcher pytorch
 }

@@ -10,7 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmlinglo.utils import load_checkpoint_file, load_model_weights
-from mmlinglo.utils.cli import UsageError, load_runner_config, run, runner_parser
+from mmlinglo.utils.cli import UsageError, check_data_files, load_runner_config, run, runner_parser
 
 LABEL_WRITERS = ('IoUMetric', 'CityscapesMetric')  # metrics of mmseg that take output_dir
 
@@ -94,6 +94,7 @@ def kind_of(evaluator: dict) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     cfg = load_runner_config(args)
+    check_data_files(cfg, args.config, 'test')
     if args.show or args.show_dir is not None:
         enable_visualization(cfg, args)
     if args.out is not None:

@@ -7,7 +7,7 @@ from typing import Optional, Sequence
 import torch
 
 from mmlinglo.engine import TrainingRunner, end_with_torchrun
-from mmlinglo.utils.cli import UsageError, load_runner_config, run, runner_parser
+from mmlinglo.utils.cli import UsageError, check_data_files, load_runner_config, run, runner_parser
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -32,6 +32,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     end_with_torchrun()
     cfg = load_runner_config(args)
+    check_data_files(cfg, args.config, 'train', *(['val'] if cfg.get('val_cfg') else []))
     if args.amp:
         if not torch.cuda.is_available():
             raise UsageError('--amp needs a GPU')

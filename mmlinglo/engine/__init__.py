@@ -5,6 +5,7 @@ from .launch import end_with_torchrun, prepare_cpu_distributed
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .non_finite_loss_hook import NonFiniteLossHook
 from .picture_errors_hook import PictureErrorsHook
+from .progress_hook import ProgressHook
 from .reseed_hook import ReseedHook
 from .runner import TrainingRunner, fit_schedulers
 from .safe_checkpoint_hook import SafeCheckpointHook
@@ -15,6 +16,7 @@ __all__ = [
     'MainProcessLoggerHook',
     'NonFiniteLossHook',
     'PictureErrorsHook',
+    'ProgressHook',
     'ReseedHook',
     'SafeCheckpointHook',
     'TrainingError',

@@ -8,6 +8,7 @@ import os
 import os.path as osp
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
@@ -22,8 +23,16 @@ from mmlinglo.checkpoint import CheckpointError, use_in_mmengine
 from mmlinglo.engine import TrainingError, prepare_cpu_distributed
 from mmlinglo.hub import find_recipe
 
+from .screen import quiet_screen
+
 # Of torch's DataLoader, which refuses them without data workers.
 WORKER_SETTINGS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')
+# Pages that describe the layouts of public data sets.
+LAYOUTS = {
+    'data/coco/': 'configs/coco',
+    'ADEChallengeData2016': 'configs/ade20k',
+    'data/imagenet': 'configs/imagenet',
+}
 # What mmengine's logging back ends import, and what to install for it.
 LOG_PACKAGES = dict(
     AimVisBackend=('aim', 'aim'),
@@ -45,15 +54,18 @@ class ConfigError(UsageError):
 
 
 def run(main: Callable[[], Optional[int]]) -> None:
-    """Run a tool; mistakes of the user end it with one message and exit status 1.
+    """Run a tool with a quiet screen; mistakes of the user end it with one message and exit status 1.
 
     An error in the code of a config is shown with the lines of that code.
 
     Args:
         main: The tool. What it returns is the exit status; None and 0 are success.
     """
+    # the parser has yet to see it, and shows help and errors itself
+    screen = nullcontext() if '--verbose' in sys.argv else quiet_screen()
     try:
-        status = main()
+        with screen:
+            status = main()
     except (UsageError, CheckpointError, FileNotFoundError) as error:
         if isinstance(error, ConfigError) and error.__cause__ is not None:
             sys.stderr.writelines(_format_own_frames(error.__cause__))
@@ -119,6 +131,9 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--work-dir',
         help='folder for logs and checkpoints; default: work_dirs/ and the config name',
+    )
+    parser.add_argument(
+        '--verbose', action='store_true', help='show on the screen all that goes into the log file'
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
@@ -197,6 +212,8 @@ def load_runner_config(args: argparse.Namespace) -> Config:
     """
     cfg = load_config(args.config, args.cfg_options)
     use_in_mmengine(args.trust_checkpoint)
+    if not args.verbose:
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmlinglo.ProgressHook')]
     _drop_worker_settings(cfg)
     _use_one_log_writer(cfg)
     _check_log_backends(cfg)
@@ -220,6 +237,46 @@ def load_runner_config(args: argparse.Namespace) -> Config:
             )
         prepare_cpu_distributed(cfg)
     return cfg
+
+
+def check_data_files(cfg: Config, config: str, *splits: str) -> None:
+    """Refuse missing files and folders of data sets before anything is built.
+
+    Args:
+        cfg: The config.
+        config: Its name for the message.
+        splits: ``'train'``, ``'val'`` or ``'test'``.
+
+    Raises:
+        UsageError: Names the first that is missing, and where its layout is described.
+    """
+    for split in splits:
+        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+        while isinstance(dataset, dict) and isinstance(dataset.get('dataset'), dict):
+            dataset = dataset['dataset']  # RepeatDataset and the like
+        if not isinstance(dataset, dict) or dataset.get('backend_args'):
+            continue
+        kind = dataset.get('type', '')
+        kind = kind if isinstance(kind, str) else kind.__name__
+        if 'MNIST' in kind or 'CIFAR' in kind:  # downloaded if need be
+            continue
+        prefix = dataset.get('data_prefix') or ''
+        names = [
+            dataset.get('ann_file'),
+            *(prefix.values() if isinstance(prefix, dict) else [prefix]),
+        ]
+        for name in filter(lambda name: isinstance(name, str), names):
+            path = osp.join(dataset.get('data_root') or '', name)
+            if path and '://' not in path and not osp.exists(path):
+                layout = next(
+                    (f'{page}/README.md' for folder, page in LAYOUTS.items() if folder in path),
+                    'docs/custom_dataset.md',
+                )
+                raise UsageError(
+                    f'{path!r}, which {split}_dataloader reads, not found\n'
+                    f'{layout} describes the layout, and '
+                    f'python tools/misc/check_dataset.py {config} checks the data'
+                )
 
 
 def _drop_worker_settings(cfg: Config) -> None:

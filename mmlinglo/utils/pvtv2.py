@@ -115,6 +115,8 @@ class PVTv2Init:
         num_images: int = 256,
         steps: int = 100,
     ) -> None:
+        if num_images < 2:
+            raise ValueError(f'num_images must be at least 2, got {num_images}')
         self.checkpoint = checkpoint
         self.images = images
         self.num_images = num_images

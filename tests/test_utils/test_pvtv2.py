@@ -3,13 +3,24 @@
 
 import re
 
+import cv2
+import mmcv
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.logging import MMLogger
 
 from mmlinglo import LinGlo
 from mmlinglo.utils import CheckpointError
-from mmlinglo.utils.pvtv2 import convert_pvtv2, load_pvtv2, timm_weights
+from mmlinglo.utils.pvtv2 import (
+    PVTv2Init,
+    convert_pvtv2,
+    load_pvtv2,
+    make_noise,
+    read_images,
+    timm_weights,
+)
 
 timm_pvt = pytest.importorskip('timm.models.pvt_v2')
 WIDTHS = dict(embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
@@ -238,6 +249,88 @@ def test_without_attention_the_first_stage_is_exact():
         assert relative(ours(images)[0], expected) < 1e-4
         # Batch norm's running variance is the unbiased one.
         assert relative(ours.train()(images)[0], expected) < 2e-3
+
+
+# In a config
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Photograph-like pictures of several sizes, in folders."""
+    for i, size in enumerate([(90, 60), (64, 64), (50, 120)] * 4):
+        noise = np.random.RandomState(i).rand(8, 8, 3).astype('f')
+        picture = cv2.resize(noise, size, interpolation=cv2.INTER_CUBIC).clip(0, 1) * 255
+        mmcv.imwrite(picture.astype('u1'), str(tmp_path / f'pictures/{i % 2}/{i}.png'))
+    return tmp_path / 'pictures'
+
+
+@pytest.mark.parametrize('source', ['pictures', 'noise'])
+def test_init_cfg(source, pictures, tmp_path, capfd):
+    theirs = timm_model()
+    for name, p in theirs.named_parameters():
+        if '.attn.proj.' in name:
+            torch.nn.init.zeros_(p)  # then the first stage is exact, whatever the images are
+    file = tmp_path / 'pvt.pth'
+    torch.save(dict(model=pvt_repository_names(theirs.state_dict())), file)
+    settings = dict(type='mmlinglo.PVTv2Init', checkpoint=str(file), num_images=12, steps=10)
+    if source == 'pictures':
+        settings['images'] = str(pictures)
+    logger = MMLogger.get_instance(f'start from {source}')
+    model = LinGlo(arch=ARCH, init_cfg=settings)
+    model.init_weights()
+    assert model.training
+    assert torch.equal(
+        model.stages[1].blocks[2].ffn.fc2.weight, theirs.stages[1].blocks[1].mlp.fc2.weight
+    )
+    images = smooth_images(4)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(images, intermediates_only=True)
+        ours = model.eval()(images)
+    error = relative(ours[0], expected[0])
+    assert error < 0.05  # Adam takes steps even where nothing is missing
+    text = capfd.readouterr().out + capfd.readouterr().err
+    assert re.search(
+        rf'PVTv2Init: {file}: \d+ taken, \d+ derived, \d+ repeated, \d+ new of', text
+    ), text
+    assert logger is MMLogger.get_current_instance()
+
+
+def test_init_cfg_of_another_size_or_without_pictures(pictures, tmp_path):
+    file = tmp_path / 'pvt.pth'
+    torch.save(timm_model(depths=(1, 1, 1, 1)).state_dict(), file)
+    model = LinGlo(arch=ARCH, init_cfg=dict(type='mmlinglo.PVTv2Init', checkpoint=str(file)))
+    with pytest.raises(CheckpointError, match=r'depths \(2, 2, 2, 2\)'):
+        model.init_weights()
+    with pytest.raises(ValueError, match='num_images must be at least 2, got 1'):
+        PVTv2Init(str(file), num_images=1)
+    with pytest.raises(ValueError, match='holds 0 pictures, at least 2'):
+        read_images(pictures / 'none', 8)
+
+
+def test_images_are_those_of_classifiers(pictures):
+    """As mmpretrain's test pipeline with the values of the ImageNet recipe makes them."""
+    found = read_images(pictures, count=5, size=32)
+    assert found.shape == (5, 3, 32, 32)
+    names = sorted(pictures.rglob('*.png'))
+    image = mmcv.imread(names[-1])
+    scale = 32 * 8 / 7 / min(image.shape[:2])
+    expected = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    top, left = ((length - 32) // 2 for length in expected.shape[:2])
+    expected = expected[top : top + 32, left : left + 32, ::-1] / 255.0
+    expected = (expected - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    difference = found[-1].permute(1, 2, 0).numpy() - expected
+    assert abs(difference).mean() < 0.1
+
+
+def test_noise_has_the_spectrum_of_photographs():
+    noise = make_noise(16, size=64)
+    assert noise.mean().abs() < 1e-5
+    assert noise.std() == pytest.approx(1, abs=1e-4)
+    power = torch.fft.rfft2(noise).abs().square().mean((0, 1))[0]
+    slope = np.polyfit(np.log(np.arange(2, 30)), power[2:30].log().numpy(), 1)[0]
+    assert slope == pytest.approx(-2, abs=0.2)
+    channels = noise.transpose(0, 1).flatten(1).corrcoef()
+    assert channels.min() > 0.8
 
 
 def plain_copy(theirs, ours):

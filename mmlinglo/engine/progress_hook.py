@@ -1,0 +1,105 @@
+# Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from mmlinglo.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """Say what runs where before it does and what it left afterwards, and draw a bar for evaluations.
+
+    The bar is for terminals only, and on standard error.
+    """
+
+    priority = 'VERY_LOW'
+    bar: Optional[Progress] = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Log the model, where it is trained, and the numbers of images."""
+        counts = [f'{len(runner.train_dataloader.dataset)} images for training']
+        if runner.val_loop is not None:
+            counts.append(f'{len(runner.val_dataloader.dataset)} for validation')
+        runner.logger.info(f'{describe(runner)}: {", ".join(counts)}')
+
+    def after_train(self, runner: Runner) -> None:
+        """Log the paths of what the training wrote."""
+        runner.logger.info(
+            f'checkpoints in {runner.work_dir}, log in {Path(runner.log_dir).name}/ in it'
+        )
+
+    def before_test(self, runner: Runner) -> None:
+        """Log the model, where it runs, and the number of images."""
+        number = len(runner.test_dataloader.dataset)
+        runner.logger.info(f'{describe(runner)}: {number} images to test')
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Start a bar."""
+        self._start('validation', len(runner.val_dataloader))
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Start a bar."""
+        self._start('test', len(runner.test_dataloader))
+
+    def after_val_iter(self, *_: Any, **__: Any) -> None:
+        """Move the bar on."""
+        self._advance()
+
+    def after_test_iter(self, *_: Any, **__: Any) -> None:
+        """Move the bar on."""
+        self._advance()
+
+    def after_val_epoch(self, *_: Any, **__: Any) -> None:
+        """Remove the bar."""
+        self._stop()
+
+    def after_test_epoch(self, *_: Any, **__: Any) -> None:
+        """Remove the bar."""
+        self._stop()
+
+    def _start(self, what: str, total: int) -> None:
+        if is_main_process() and sys.stderr.isatty():
+            columns = ('{task.description}', *Progress.get_default_columns()[1:2])
+            self.bar = Progress(
+                *columns,
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.bar.add_task(what, total=total)
+            self.bar.start()
+
+    def _advance(self) -> None:
+        if self.bar is not None:
+            self.bar.advance(self.bar.task_ids[0])
+
+    def _stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def describe(runner: Runner) -> str:
+    """Name of the model, its parameters, and where it runs."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    backbone = getattr(model, 'backbone', None)
+    name = type(model).__name__
+    if backbone is not None:
+        name += f' with {type(backbone).__name__}'
+    if torch.cuda.is_available():
+        where = f'{get_world_size()} x {torch.cuda.get_device_name()}'
+    else:
+        count = get_world_size()
+        where = f'the CPU in {count} process{"es" if count > 1 else ""}'
+    return f'{name}, {parameters / 1e6:.1f} M parameters, on {where}'
