@@ -9,6 +9,7 @@ writes it, under :func:`mmlinglo.literal`, so no count depends on a device or a 
 import copy
 import math
 from collections import Counter
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any, Dict, List, NamedTuple, Tuple
 
@@ -72,27 +73,38 @@ class _RefuseOtherProducts(TorchDispatchMode):
         return out
 
 
-def count_complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:
+def count_complexity(
+    model: nn.Module, *args: Any, on_zeros: bool = False, **kwargs: Any
+) -> Complexity:
     """Count parameters and multiply-adds of one forward pass, in the mode that the model is in.
 
-    The pass runs on tensors without data, or on zeros where its steps depend on values, and leaves the
-    model as it is. Parts are the model's direct children, and 'other'. Attention counts as the two products
-    of its definition.
+    The pass runs on tensors without data and leaves the model as it is. Parts are the model's direct
+    children, and 'other'. Attention counts as the two products of its definition.
+
+    Args:
+        model: The model.
+        args: Arguments of the pass.
+        on_zeros: Whether to run on zeros instead, for a model that reads values but executes the same whatever
+            they are. It takes the time and memory of the pass.
+        kwargs: Further arguments of the pass.
 
     Raises:
-        ValueError: If an operator may be a product that torch does not count, or the pass fails.
+        ValueError: If an operator may be a product that torch does not count, or what is executed
+            depends on a tensor's values.
     """
     # The weights too: an in-place change of a real tensor would be carried out.
     tensors = ({**dict(model.named_parameters()), **dict(model.named_buffers())}, args, kwargs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with fake:
-            counts = _count(model, *tree_map_only(Tensor, fake.from_tensor, tensors))
-    except RuntimeError:
-        try:
-            counts = _count(model, *tree_map_only(Tensor, torch.zeros_like, tensors))
-        except RuntimeError as error:
-            raise ValueError(f'the forward pass fails: {error}') from error
+    mode, replace = (nullcontext(), torch.zeros_like) if on_zeros else (fake, fake.from_tensor)
+    counter = FlopCounterMode(display=False)
+    with mmlinglo.literal(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), mode:
+        # In this order: the counter splits some operators into others.
+        with counter, _RefuseOtherProducts():
+            try:
+                functional_call(model, *tree_map_only(Tensor, replace, tensors))
+            except RuntimeError as error:
+                raise ValueError(f'the forward pass fails without data: {error}') from error
+    counts = counter.get_flop_counts()
     operators: Dict[str, Counter] = {}
     other = Counter(counts.pop('Global', {}))
     for name, found in counts.items():
@@ -112,16 +124,6 @@ def count_complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:
         for part, found in operators.items()
     }
     return Complexity(dict(parameters), named)
-
-
-def _count(model: nn.Module, tensors: Dict[str, Tensor], args: tuple, kwargs: dict) -> dict:
-    """Multiply-adds, doubled, by the names of modules and then by operators."""
-    counter = FlopCounterMode(display=False)
-    with mmlinglo.literal(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        # In this order: the counter splits some operators into others.
-        with counter, _RefuseOtherProducts():
-            functional_call(model, tensors, args, kwargs)
-    return counter.get_flop_counts()
 
 
 def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexity]:
@@ -148,8 +150,10 @@ def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexit
         metainfo=dict(batch_input_shape=shape, img_shape=shape, ori_shape=shape)
     )
     forms = dict(training=model, deployed=deployed)
+    # Deformable attention compares the sizes of the maps, which are tensors there.
+    on_zeros = hasattr(model, 'decoder') or hasattr(model, 'panoptic_head')
     return {
-        form: count_complexity(twin, image, mode='tensor', data_samples=[sample])
+        form: count_complexity(twin, image, on_zeros=on_zeros, mode='tensor', data_samples=[sample])
         for form, twin in forms.items()
     }
 

@@ -9,7 +9,13 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from mmlinglo.registry import HOOKS
 
@@ -68,9 +74,9 @@ class ProgressHook(Hook):
 
     def _start(self, what: str, total: int) -> None:
         if is_main_process() and sys.stderr.isatty():
-            columns = ('{task.description}', *Progress.get_default_columns()[1:2])
             self.bar = Progress(
-                *columns,
+                TextColumn('{task.description}'),
+                BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),

@@ -99,8 +99,8 @@ class PVTv2Init:
     Args:
         checkpoint: Path or URL, see :func:`timm_weights`.
         images: Folder whose pictures, also those in its sub-folders, measure and fit what the two networks do not
-            share. Pictures of the training are best. None for noise with the spectrum of photographs, which is
-            worse, see docs/reproduction.md.
+            share, best those of the training. None for noise with the spectrum of photographs, for lack of
+            pictures.
         num_images: Pictures to use, 2 or more, evenly spread over the sorted names.
         steps: Gradient steps for each layer that is fitted.
 

@@ -264,7 +264,7 @@ def test_drawings_of_test_py_stay_in_their_folder(scope, name, tmp_path):
     before = all_files(tmp_path)
 
     cfg = load_config(str(CONFIGS[scope]))
-    show_dir = tmp_path / 'deep/work/show'
+    show_dir = tmp_path / 'deep/folder/show'
     args = SimpleNamespace(show=False, wait_time=0, show_dir=str(show_dir), config='c')
     tool.enable_visualization(cfg, args)
     with VISUALIZERS.switch_scope_and_registry(scope):

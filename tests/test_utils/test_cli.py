@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmlinglo.engine import TrainingError
@@ -196,3 +197,40 @@ def test_more_processes_than_gpus(load_runner_config, monkeypatch):
 @pytest.mark.parametrize('trust', [False, True])
 def test_trust(load_runner_config, trust):
     assert load_runner_config(*['--trust-checkpoint'] * trust).trusted == [trust]
+
+
+# Missing data
+
+
+@pytest.mark.parametrize(
+    ('name', 'missing', 'page'),
+    [
+        ('retinanet_linglo-b0_fpn_1x_coco', 'instances_train2017.json', 'configs/coco/README.md'),
+        ('fpn_linglo-b0_8xb4-40k_ade20k-512x512', 'images/training', 'configs/ade20k/README.md'),
+        ('linglo-b0_8xb128_in1k', 'data/imagenet/', 'configs/imagenet/README.md'),
+    ],
+)
+def test_missing_data_are_named_first(name, missing, page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        cli.check_data_files(load_config(name), name, 'train', 'val')
+    first, second = str(caught.value).splitlines()
+    assert missing in first
+    assert first.endswith('which train_dataloader reads, not found')
+    assert page in second
+    assert f'tools/misc/check_dataset.py {name}' in second
+    assert (ROOT / page).is_file()
+
+
+def test_data_that_are_there_or_elsewhere(tmp_path):
+    (tmp_path / 'train').mkdir()
+    there = dict(type='CustomDataset', data_root=str(tmp_path), data_prefix='train')
+    wrapped = dict(type='RepeatDataset', times=2, dataset=there)
+    remote = dict(there, data_prefix='val', backend_args=dict(backend='petrel'))
+    downloaded = dict(type='CIFAR10', data_prefix=str(tmp_path / 'cifar10'))
+    for dataset in (there, wrapped, remote, downloaded, dict(there, ann_file='s3://bucket/a.json')):
+        cfg = Config(dict(train_dataloader=dict(dataset=dataset), val_dataloader=None))
+        cli.check_data_files(cfg, 'mine.py', 'train', 'val')
+    cfg.train_dataloader.dataset = dict(wrapped, dataset=dict(there, ann_file='a.json'))
+    with pytest.raises(UsageError, match=r'a\.json.* not found\ndocs/custom_dataset\.md'):
+        cli.check_data_files(cfg, 'mine.py', 'train')
