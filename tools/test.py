@@ -94,12 +94,12 @@ def kind_of(evaluator: dict) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     cfg = load_runner_config(args)
-    check_data_files(cfg, args.config, 'test')
     if args.show or args.show_dir is not None:
         enable_visualization(cfg, args)
     if args.out is not None:
         save_predictions(cfg, args)
     checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
+    check_data_files(cfg, args.config, 'test')
     cfg.load_from = args.checkpoint
     runner = StrictRunner.from_cfg(cfg)
     runner.checkpoint = checkpoint

@@ -13,10 +13,10 @@ RECORD = re.compile(
 )
 # What the toolboxes and pycocotools print on their way, or as a warning about nothing.
 NOISE = re.compile(
-    r'Could not import OneDL|Failed to search registry|Failed to add <class|'
+    r'Could not import OneDL|Failed to search registry|'
     r'Loading and preparing results|DONE \(t=|Done \(t=|Converting ndarray to lists|'
     r'Running per image evaluation|Evaluate annotation type|Accumulating evaluation results|'
-    r'loading annotations into memory|creating index|index created|^\d+/\d+$|'
+    r'loading annotations into memory|creating index|index created|'
     r'The prefix is not set in metric class|'
     r'will be deprecated in future|will be deprecated\. Please|^Exp name: |Evaluating \w+\.\.\.|'
     r'_copypaste: '
@@ -26,8 +26,6 @@ WARNINGS = (
     '.*bbox is out of bounds',
     '.*pin_memory',
     '.*meshgrid',
-    '.*lr_scheduler.step',
-    '.*NumPy module was reloaded',
 )
 
 
