@@ -43,7 +43,9 @@ def small_model(name, use_torchvision=True):
         for extractor in [cfg.model.get('roi_head', {}).get(part)]:
             if extractor is not None:
                 extractor.roi_layer.use_torchvision = use_torchvision
-    return cfg, randomize_norms_(build_model(cfg))
+    model = build_model(cfg)
+    model.init_weights()  # DINO's level embedding is uninitialized memory until then
+    return cfg, randomize_norms_(model)
 
 
 def copy_maps(_module, _args, maps):
