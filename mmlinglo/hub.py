@@ -59,7 +59,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         ValueError: If there is no such recipe; names the most similar ones.
     """
-    paths = {path.stem: path for path in _root().glob('configs/[!_]*/*.py')}
+    paths = {path.stem: path for path in find_root().glob('configs/[!_]*/*.py')}
     if name not in paths:
         similar = sorted(fnmatch.filter(paths, f'{name}*'))[:3]
         similar = similar or difflib.get_close_matches(name, paths)
@@ -109,11 +109,11 @@ def register_in_mmpretrain() -> None:
     """
     from mmpretrain.apis.model import ModelHub  # mmlinglo itself must not import it
 
-    if (_root() / CLASSIFIERS).is_file() and not any(map(ModelHub.has, _recipes())):
-        ModelHub.register_model_index(_root() / CLASSIFIERS, config_prefix=_root())
+    if (find_root() / CLASSIFIERS).is_file() and not any(map(ModelHub.has, _recipes())):
+        ModelHub.register_model_index(find_root() / CLASSIFIERS, config_prefix=find_root())
 
 
-def _root() -> Path:
+def find_root() -> Path:
     """Folder of ``configs/``: of the installed package or, if it is not installed, the checkout."""
     mim = PACKAGE / '.mim'
     return mim if (mim / 'model-index.yml').is_file() else PACKAGE.parent
@@ -121,7 +121,7 @@ def _root() -> Path:
 
 def _recipes() -> Dict[str, dict]:
     """Rows of the metafiles by name."""
-    root = _root()
+    root = find_root()
     metafiles = yaml.safe_load((root / 'model-index.yml').read_text())['Import']
     models = [m for path in metafiles for m in yaml.safe_load((root / path).read_text())['Models']]
     return {model['Name']: model for model in models}

@@ -23,10 +23,10 @@ from mmlinglo.registry import MODELS
 
 from .arch import ARCHS, Arch
 from .arguments import check_integer, get_length, is_number
-from .fast import FFN, ConditionalPositionalEncoding, KeyOnlyAttention, Rewriting
+from .fast import ConditionalPositionalEncoding, FastLinGloNetwork, Rewriting
 from .fast.seam import PLAIN_LAYERS
 from .init import init_layer
-from .network import ENCODINGS, DotProductAttention, LinGloNetwork
+from .network import ENCODINGS
 from .padding import ImageSizes, forward_unpadded
 
 BATCH_NORM = MappingProxyType(dict(type='BN'))
@@ -48,7 +48,7 @@ class CheckpointedBlocks(nn.Sequential):
 
 @MMENGINE_MODELS.register_module()
 @MODELS.register_module()
-class LinGlo(LinGloNetwork, BaseModule):
+class LinGlo(FastLinGloNetwork, BaseModule):
     """LinGlo backbone: key-only attention and convolution alternating in every stage.
 
     `Rethinking Query-Key Pairwise Interactions in Vision Transformers
@@ -128,8 +128,6 @@ class LinGlo(LinGloNetwork, BaseModule):
     """
 
     arch_zoo = ARCHS
-    attentions = dict(key_only=KeyOnlyAttention, dot_product=DotProductAttention)
-    encoding, ffn = ConditionalPositionalEncoding, FFN
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from mmlinglo.checkpoint import CheckpointError, load_checkpoint_file, load_model_weights
+import mmlinglo
+
+mmlinglo.require_openmmlab()
+from mmlinglo.checkpoint import CheckpointError, load_checkpoint_file, load_model_weights  # noqa: E402
 
 __all__ = ['CheckpointError', 'load_checkpoint_file', 'load_model_weights']
