@@ -25,7 +25,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import mmlinglo
-from mmlinglo.utils.deploy import switch_to_deploy
+from mmlinglo.utils.deploy import (
+    count_input_channels,
+    stop_masking_padding,
+    switch_to_deploy,
+)
 
 # Operators without a product, besides views and those that torch marks as pointwise or reduction.
 NO_PRODUCTS = frozenset(
@@ -139,13 +143,15 @@ def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexit
     Raises:
         ValueError: See :func:`count_complexity`.
     """
-    is_linglo = isinstance(getattr(model, 'backbone', None), mmlinglo.LinGlo)
-    image = torch.empty(1, model.backbone.in_channels if is_linglo else 3, *shape)
+    image = torch.empty(1, count_input_channels(model), *shape)
     if hasattr(model, 'roi_head'):
         model = copy.copy(model)
         model.forward = MethodType(_forward_with_most_regions, model)
     deployed = copy.deepcopy(model)
     switch_to_deploy(deployed)
+    model = copy.deepcopy(model)
+    for form in (model, deployed):
+        stop_masking_padding(form)
     sample = BaseDataElement(
         metainfo=dict(batch_input_shape=shape, img_shape=shape, ori_shape=shape)
     )

@@ -8,6 +8,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from mmlinglo.models.linglo import LinGlo
+
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config on the CPU. It does not initialize or load weights."""
@@ -34,6 +36,19 @@ def switch_to_deploy(model: nn.Module) -> None:
             module.switch_to_deploy()
 
 
+def count_input_channels(model: nn.Module) -> int:
+    """Channels of the images that a classifier, detector or segmentor takes: those of its first convolution."""
+    convs = (m for m in model.backbone.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    return next((conv.in_channels for conv in convs), 3)
+
+
+def stop_masking_padding(model: nn.Module) -> None:
+    """Set ``mask_padding`` of LinGlo to False: for images without padding, the maps are the same."""
+    for module in model.modules():
+        if isinstance(module, LinGlo):
+            module.mask_padding = False
+
+
 @torch.no_grad()
 def relative_difference(first: nn.Module, second: nn.Module, image_size: int = 128) -> float:
     """Compare the raw outputs of two models on the same two random images.
@@ -50,10 +65,12 @@ def relative_difference(first: nn.Module, second: nn.Module, image_size: int = 1
         The largest absolute difference, divided by the largest absolute output of that tensor.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, image_size, image_size, generator=generator, dtype=torch.float64)
+    shape = (2, count_input_channels(first), image_size, image_size)
+    images = torch.randn(shape, generator=generator, dtype=torch.float64)
     outputs = []
     for model in (first, second):
         twin = copy.deepcopy(model).double()
+        stop_masking_padding(twin)
         outputs.append(list(_iterate_tensors(twin(images, mode='tensor'))))
     return max(
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(*outputs)

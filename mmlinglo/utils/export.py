@@ -10,15 +10,15 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 DYNAMIC_SIZES = {0: 'batch', 2: 'height', 3: 'width'}
-OPSETS = range(18, 24)  # PyTorch's exporter writes these; below 18 it silently writes another
+OPSETS = range(18, 24)  # PyTorch's exporter writes these; below 18, it silently writes another
 
 
 class ExporterError(Exception):
-    """PyTorch's exporter ignored what it was asked for."""
+    """PyTorch's exporter ignored one of the settings."""
 
 
 class Logits(nn.Module):
-    """A classifier as a function from images (B, 3, H, W) to logits (B, classes).
+    """A classifier as a function from images (B, C, H, W) to logits (B, classes).
 
     Args:
         classifier: Classifier of mmpretrain.
@@ -43,11 +43,12 @@ def describe_preprocessing(cfg: Config) -> Dict[str, str]:
         order, for ``(pixel - mean) / std`` with pixels from 0 to 255.
     """
     settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    channels = cfg.model.backbone.get('in_channels', 3)
     rgb = settings.get('bgr_to_rgb', False) or settings.get('to_rgb', False)
     return dict(
         channel_order='RGB' if rgb else 'BGR',  # OpenMMLab reads files as BGR
-        mean=json.dumps(list(settings.get('mean') or [0.0, 0.0, 0.0])),
-        std=json.dumps(list(settings.get('std') or [1.0, 1.0, 1.0])),
+        mean=json.dumps(list(settings.get('mean') or channels * [0.0])),
+        std=json.dumps(list(settings.get('std') or channels * [1.0])),
     )
 
 
@@ -100,7 +101,7 @@ def export_onnx(
         isinstance(program.model.graph.inputs[0].shape[i], int) for i in DYNAMIC_SIZES
     ):
         raise ExporterError(
-            f'the exporter of PyTorch {torch.__version__} fixes sizes that are to be free: export '
+            f'the exporter of PyTorch {torch.__version__} fixes sizes that must stay free: export '
             'one file for each size, or export with a later PyTorch'
         )
     program.model.metadata_props.update(metadata or {})

@@ -1,8 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Predictions on pictures and videos by the toolboxes' inferencers, drawn and as JSON.
+"""Predictions on pictures and videos, drawn and as JSON.
 
-The inferencers run stage by stage on images in memory instead of on files: they would keep all results of a
-folder in memory, stop at the first damaged file and name results by the stem of the file alone.
+The toolboxes' inferencers keep the results of a whole folder in memory, stop at the first damaged file, name results
+by the stem of the file alone, and replace the loader that the config names. So this module runs the config's own
+test pipeline batch by batch. Models, test pipelines and drawings are the toolboxes'.
 """
 
 import copy
@@ -10,20 +11,33 @@ import io
 import json
 import math
 import os
-import tempfile
-from abc import ABC, abstractmethod
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
+from uuid import uuid4
 
 import cv2
 import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS
 from PIL import Image, UnidentifiedImageError
+from torch import nn
 
 from mmlinglo.checkpoint import load_model_weights
 
@@ -32,8 +46,6 @@ from .files import complete_file
 
 PICTURE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
-VIDEO_FORMATS = (('mp4v', '.mp4'), ('MJPG', '.avi'))  # OpenCV writes the second without FFmpeg
-DEFAULT_FRAME_RATE = 30.0  # of videos that do not tell theirs; mmcv's choice too
 DRAWINGS, PREDICTIONS = 'vis', 'preds'  # folders, named as by mmdet's inferencer
 
 
@@ -41,126 +53,72 @@ class UnreadableError(ValueError):
     """A picture or video that cannot be read, or not to its end."""
 
 
-class Prediction(NamedTuple):
-    """Predictions for one image.
+class Sample(NamedTuple):
+    """An image (H, W, C) as the config's loader gives it, and what the test pipeline makes of it."""
 
-    ``result`` goes to JSON, ``drawing`` is the image (H, W, 3), BGR, with the
-    predictions drawn on it, ``labels`` a segmentor's class numbers (H, W).
-    """
+    image: np.ndarray
+    data: Dict[str, Any]
+
+
+class Prediction(NamedTuple):
+    """What goes to JSON, a drawing (H, W, 3) in BGR, and a segmentor's class numbers (H, W)."""
 
     result: Dict[str, Any]
     drawing: np.ndarray
     labels: Optional[np.ndarray] = None
 
 
-class Predictor(ABC):
-    """An inferencer as a function from a batch of images to predictions.
+class Predictor:
+    """A model with its test pipeline and its way to draw.
 
-    Subclasses build ``inferencer`` and define ``samples`` and ``prediction``.
+    Args:
+        model: In evaluation mode.
+        transforms: The test pipeline without the loading of annotations.
+        classes: Names of the classes, if they are known.
+        describe: Makes a :class:`Prediction` of an image (H, W, 3), RGB, and a data sample.
     """
 
-    # Padding to the largest picture of a batch would change the features of the others.
-    mixed_sizes = False
-    inferencer: Any
+    def __init__(
+        self, model: nn.Module, transforms: List[Callable], classes: Any, describe: Callable
+    ) -> None:
+        self.model = model
+        self.transforms = transforms
+        self.classes = classes
+        self.describe = describe
 
-    def __call__(self, images: Sequence[np.ndarray]) -> List[Prediction]:
-        """Predict for images (H, W, 3) of uint8, BGR, all of one size unless ``mixed_sizes``."""
-        samples = self.samples(list(images))
-        return [self.prediction(image, sample) for image, sample in zip(images, samples)]
+    def load(self, source: Union[Path, np.ndarray]) -> Sample:
+        """Prepare a file, read by the config's loader, or an image (H, W, 3) of uint8, BGR.
 
-    def samples(self, images: List[np.ndarray]) -> List[Any]:
-        """Data samples of the toolbox, one per image."""
-        return self.inferencer.forward(next(iter(self._preprocess(images))))
+        Raises:
+            UnreadableError: If the file is missing, empty or cut off, or the loader fails.
+        """
+        # the keys with which the toolboxes' data sets start
+        results = dict(img_path=None, img_id=0, sample_idx=0, seg_fields=[])
+        steps = iter(self.transforms)
+        if isinstance(source, Path):
+            check_picture_file(source)
+            results['img_path'] = str(source)
+        else:
+            results.update(img=source, img_shape=source.shape[:2], ori_shape=source.shape[:2])
+            next(steps)
+        while results.get('img') is None:
+            try:
+                results = next(steps)(results)
+            except Exception as error:  # any: the loader may be the user's own
+                raise UnreadableError(f'the loader of the config fails: {error}') from error
+        image = results['img']
+        for step in steps:
+            results = step(results)
+        return Sample(image, results)
 
-    @abstractmethod
-    def prediction(self, image: np.ndarray, sample: Any) -> Prediction:
-        """Result and drawing of one image."""
-
-    def _preprocess(self, images: List[np.ndarray]) -> Iterable[Any]:
-        return self.inferencer.preprocess(images, batch_size=len(images))
-
-    def _draw(self, image: np.ndarray, sample: Any, **settings: Any) -> np.ndarray:
-        # The inferencers draw arrays in the order of their channels, with colours in RGB.
-        drawings = self.inferencer.visualize(
-            [np.ascontiguousarray(image[..., ::-1])], [sample], return_vis=True, **settings
-        )
-        return drawings[0][..., ::-1]
-
-
-class DetectionPredictor(Predictor):
-    """mmdet's inferencer; its JSON, with the names of the classes."""
-
-    def __init__(self, cfg: Config, weights: str, device: str, score_thr: float) -> None:
-        from mmdet.apis import DetInferencer
-
-        cfg.visualizer = _without_backends(cfg, 'DetLocalVisualizer')
-        self.inferencer = DetInferencer(cfg, weights, device=device)
-        self.score_thr = score_thr
-        self.classes = self.inferencer.model.dataset_meta.get('classes')
-
-    def _preprocess(self, images: List[np.ndarray]) -> Iterable[Any]:
-        return (data for _, data in super()._preprocess(images))
-
-    def prediction(self, image: np.ndarray, sample: Any) -> Prediction:
-        drawing = self._draw(image, sample, pred_score_thr=self.score_thr)
-        result = self.inferencer.pred2dict(sample)
-        if self.classes is not None:
-            result['label_names'] = [self.classes[label] for label in result['labels']]
-        return Prediction(result, drawing)
-
-
-class SegmentationPredictor(Predictor):
-    """mmseg's inferencer; each class's share of the pixels as JSON, beside the label image."""
-
-    def __init__(self, cfg: Config, weights: str, device: str, _score_thr: float) -> None:
-        from mmseg.apis import MMSegInferencer
-
-        cfg.visualizer = _without_backends(cfg, 'SegLocalVisualizer')
-        self.inferencer = MMSegInferencer(cfg, weights, device=device)
-        # mmseg's own sorts all pixels in Python, which takes seconds for each large picture.
-        self.inferencer.visualizer._get_center_loc = centre_of_largest_row
-        self.classes = self.inferencer.model.dataset_meta['classes']
-
-    def prediction(self, image: np.ndarray, sample: Any) -> Prediction:
-        labels = sample.pred_sem_seg.data[0].cpu().numpy()
-        labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
-        found = zip(*np.unique(labels, return_counts=True))
-        classes = [
-            dict(label=int(label), name=self.classes[label], share=round(count / labels.size, 6))
-            for label, count in found
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> List[Prediction]:
+        """Predict for samples whose ``data['inputs']`` have one shape: none of them gets padding."""
+        outputs = self.model.test_step(pseudo_collate([sample.data for sample in samples]))
+        return [
+            self.describe(as_picture(sample.image), output.cpu())
+            for sample, output in zip(samples, outputs)
         ]
-        drawing = self._draw(image, sample, opacity=0.5)  # the picture stays visible
-        return Prediction(dict(classes=classes), drawing, labels)
-
-
-class ClassificationPredictor(Predictor):
-    """mmpretrain's inferencer and its results."""
-
-    mixed_sizes = True  # the pipelines end in one size
-
-    def __init__(self, cfg: Config, weights: str, device: str, _score_thr: float) -> None:
-        from mmpretrain.apis import ImageClassificationInferencer
-        from mmpretrain.visualization import UniversalVisualizer
-
-        self.inferencer = ImageClassificationInferencer(cfg, weights, device=device)
-        self.inferencer.visualizer = UniversalVisualizer()
-
-    def prediction(self, image: np.ndarray, sample: Any) -> Prediction:
-        # The inferencer's own `visualize` draws into windows and files only.
-        drawing = self.inferencer.visualizer.visualize_cls(
-            np.ascontiguousarray(image[..., ::-1]),
-            sample,
-            classes=self.inferencer.classes,
-            draw_gt=False,
-        )
-        result = self.inferencer.postprocess([sample], None)[0]
-        result['pred_scores'] = result['pred_scores'].tolist()
-        return Prediction(result, drawing[..., ::-1])
-
-
-PREDICTORS = dict(
-    mmdet=DetectionPredictor, mmpretrain=ClassificationPredictor, mmseg=SegmentationPredictor
-)
 
 
 def build_predictor(
@@ -171,12 +129,12 @@ def build_predictor(
     score_thr: float = 0.3,
     deploy: bool = False,
 ) -> Predictor:
-    """Build the inferencer of an experiment.
+    """Build the model of an experiment and all that it needs to predict.
 
     Args:
         cfg: The experiment's config.
         checkpoint: What :func:`~mmlinglo.utils.load_checkpoint_file` returned.
-        source: Name of the checkpoint for error messages.
+        source: Name of the checkpoint for messages.
         device: Such as ``'cpu'`` or ``'cuda:0'``; None for the first accelerator, else the CPU.
         score_thr: Score above which boxes and masks are drawn; the results hold all.
         deploy: Whether to re-parameterise the model.
@@ -186,9 +144,9 @@ def build_predictor(
         ValueError: If the config is of no toolbox or has no test pipeline, a segmentor's
             classes have no names, or nothing can be re-parameterised.
     """
-    if cfg.default_scope not in PREDICTORS:
+    if cfg.default_scope not in TOOLBOXES:
         raise ValueError(
-            f'default_scope must be one of {sorted(PREDICTORS)}, got {cfg.default_scope!r}'
+            f'default_scope must be one of {sorted(TOOLBOXES)}, got {cfg.default_scope!r}'
         )
     if 'pipeline' not in (cfg.get('test_dataloader') or {}).get('dataset', {}):
         raise ValueError('it has no test_dataloader.dataset.pipeline, which prepares the images')
@@ -196,46 +154,112 @@ def build_predictor(
     if deploy and not any(hasattr(module, 'switch_to_deploy') for module in model.modules()):
         raise ValueError('the model has no part that can be re-parameterised: leave out --deploy')
     load_model_weights(model, checkpoint, source)
-    meta = dataset_meta(cfg, checkpoint)
-    if cfg.default_scope == 'mmseg' and not meta.get('classes'):
+    classes, palette = class_names(cfg, checkpoint)
+    if cfg.default_scope == 'mmseg' and not classes:
         raise ValueError(
             f'neither {source!r} nor the config names the classes: '
             'set test_dataloader.dataset.metainfo'
         )
-    # The inferencers take files: this one is known to be safe and to fit.
-    with tempfile.TemporaryDirectory() as folder:
-        weights = os.path.join(folder, 'weights.pth')
-        torch.save(dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict()), weights)
-        predictor = PREDICTORS[cfg.default_scope](
-            copy.deepcopy(cfg), weights, device or get_device(), score_thr
-        )
     if deploy:
-        switch_to_deploy(predictor.inferencer.model)
-    return predictor
+        switch_to_deploy(model)
+    default, describe = TOOLBOXES[cfg.default_scope]
+    settings = {**default, **(cfg.get('visualizer') or {})}
+    for key in ('vis_backends', 'save_dir'):
+        settings.pop(key, None)
+    # mmengine has one visualizer of each name, which other predictors of this process may use
+    visualizer = VISUALIZERS.build(dict(settings, name=uuid4().hex))
+    visualizer.dataset_meta = dict(classes=classes, palette=palette)
+    transforms = [
+        TRANSFORMS.build(step)
+        for step in copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
+        if 'Annotation' not in getattr(step['type'], '__name__', step['type'])
+    ]
+    return Predictor(
+        model.to(device or get_device()),
+        transforms,
+        classes,
+        lambda image, sample: describe(image, sample, visualizer, classes, score_thr),
+    )
 
 
-def dataset_meta(cfg: Config, checkpoint: dict) -> dict:
+def _detections(
+    image: np.ndarray, sample: Any, visualizer: Any, classes: Any, score_thr: float
+) -> Prediction:
+    visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=score_thr)
+    found = sample.pred_instances
+    result = {key: found[key].tolist() for key in ('labels', 'scores', 'bboxes')}
+    if classes:
+        result['label_names'] = [classes[label] for label in result['labels']]
+    if 'masks' in found:
+        from mmdet.structures.mask import encode_mask_results
+
+        result['masks'] = encode_mask_results(found.masks)
+        for mask in result['masks']:
+            mask['counts'] = mask['counts'].decode()
+    return Prediction(result, visualizer.get_image()[..., ::-1])
+
+
+def _segments(
+    image: np.ndarray, sample: Any, visualizer: Any, classes: Any, _score_thr: float
+) -> Prediction:
+    # mmseg's own sorts all pixels in Python, which takes seconds for each large picture.
+    visualizer._get_center_loc = centre_of_largest_row
+    visualizer.add_datasample('', image, sample, draw_gt=False)
+    labels = sample.pred_sem_seg.data[0].numpy()
+    labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
+    found = [
+        dict(label=int(label), name=classes[label], share=round(count / labels.size, 6))
+        for label, count in zip(*np.unique(labels, return_counts=True))
+    ]
+    return Prediction(dict(classes=found), visualizer.get_image()[..., ::-1], labels)
+
+
+def _class(
+    image: np.ndarray, sample: Any, visualizer: Any, classes: Any, _score_thr: float
+) -> Prediction:
+    drawing = visualizer.visualize_cls(image, sample, classes=classes, draw_gt=False)
+    scores, label = sample.pred_score, int(sample.pred_score.argmax())
+    result = dict(pred_scores=scores.tolist(), pred_label=label, pred_score=float(scores[label]))
+    if classes:
+        result['pred_class'] = classes[label]
+    return Prediction(result, drawing[..., ::-1])
+
+
+TOOLBOXES = dict(  # how each draws and describes
+    mmdet=(dict(type='DetLocalVisualizer'), _detections),
+    mmpretrain=(dict(type='UniversalVisualizer'), _class),
+    mmseg=(dict(type='SegLocalVisualizer', alpha=0.5), _segments),  # the picture stays visible
+)
+
+
+def class_names(cfg: Config, checkpoint: dict) -> Tuple[Optional[Sequence[str]], list]:
     """Names and colours of the classes: the checkpoint's, else those of the config's test data."""
     stored = (checkpoint.get('meta') or {}).get('dataset_meta')
-    meta = {}
-    if isinstance(stored, dict):
-        meta = {str(key).lower(): value for key, value in stored.items()}
+    meta = {str(k).lower(): v for k, v in stored.items()} if isinstance(stored, dict) else {}
     if not meta.get('classes') or not isinstance(meta['classes'], (list, tuple)):
         dataset = copy.deepcopy(cfg.test_dataloader.dataset)
         dataset.lazy_init = True  # the data themselves are not needed
-        meta = dict(DATASETS.build(dataset).metainfo)
-    return meta
+        meta = DATASETS.build(dataset).metainfo
+    classes, palette = meta.get('classes'), meta.get('palette')
+    if not isinstance(palette, (list, tuple)) or len(palette) < len(classes or ()):
+        palette = np.random.RandomState(42).randint(0, 256, (len(classes or range(256)), 3))
+    return classes, [tuple(map(int, colour)) for colour in palette]
+
+
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """An image (H, W, C) or (H, W) as RGB (H, W, 3) of uint8: its first three channels, or its first one as grey."""
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] > 2 else image[..., :1].repeat(3, axis=2)
+    if image.dtype != np.uint8:
+        image = image * np.float32(min(1, 255 / max(1, image.max())))
+    return np.ascontiguousarray(image.clip(0, 255), np.uint8)
 
 
 def list_files(folder: Path, skip: Sequence[Path] = ()) -> Iterator[str]:
     """Names of all files in a folder and its sub-folders, relative to it, sorted in each.
 
     Links to folders are followed, but no folder is visited twice. Hidden files and folders are
-    left out.
-
-    Args:
-        folder: Where to look.
-        skip: Folders to leave out.
+    left out, and the folders in ``skip``.
     """
     visited = {os.path.realpath(path) for path in skip}
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -249,25 +273,8 @@ def list_files(folder: Path, skip: Sequence[Path] = ()) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(root, name), folder)
 
 
-def is_picture(name: str) -> bool:
-    """Whether the name has the suffix of a picture that OpenCV can read and write."""
-    return name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def is_video(name: str) -> bool:
-    """Whether the name has the suffix of a video."""
-    return name.lower().endswith(VIDEO_SUFFIXES)
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """Read a picture as mmcv does for the toolboxes: 8-bit BGR, turned upright, without alpha.
-
-    Returns:
-        The image, (H, W, 3) of uint8.
-
-    Raises:
-        UnreadableError: If the file is missing, empty, cut off, or no picture.
-    """
+def check_picture_file(path: Path) -> bytes:
+    """Read a file; raise UnreadableError if it is missing, empty, or a JPEG that is cut off."""
     if not path.is_file():
         raise UnreadableError('not a regular file' if path.exists() else 'no such file')
     try:
@@ -277,9 +284,27 @@ def read_picture(path: Path) -> np.ndarray:
     if not content:
         raise UnreadableError('the file is empty')
     if content.startswith(b'\xff\xd8'):
-        _check_jpeg_is_whole(content)
+        # OpenCV below 4.12 fills what is missing with grey. At an eighth of its size, the picture
+        # costs Pillow a fraction of OpenCV's time.
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                image.draft('L', (image.width // 8, image.height // 8))
+                image.load()
+        except (UnidentifiedImageError, Image.DecompressionBombError):
+            pass  # OpenCV may know better
+        except OSError as error:
+            raise UnreadableError(f'damaged JPEG: {error}') from error
+    return content
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read a picture as mmcv does by default: (H, W, 3) of uint8, BGR, turned upright, without alpha.
+
+    Raises:
+        UnreadableError: If the file is missing, empty, cut off, or no picture.
+    """
     try:
-        image = mmcv.imfrombytes(content, flag='color')
+        image = mmcv.imfrombytes(check_picture_file(path), flag='color')
     except cv2.error as error:
         raise UnreadableError(f'OpenCV: {error.err}') from error
     if image is None:
@@ -299,8 +324,8 @@ def annotate_pictures(
         folder: Where the pictures are.
         names: Their names relative to ``folder``.
         out_dir: Folder for the results.
-        batch_size: How many pictures go through the model together; fewer if they differ in
-            size and the model would pad them.
+        batch_size: How many pictures go through the model together; fewer if the test pipeline
+            leaves them at different sizes, since padding would change the features.
 
     Yields:
         Name of each picture and None, or what was wrong with it.
@@ -308,30 +333,53 @@ def annotate_pictures(
     Raises:
         ValueError: If a name leads out of the folder.
     """
-    batch: List[Tuple[str, np.ndarray]] = []
+    batch: List[Tuple[str, Sample]] = []
     for name in names:
         if os.path.isabs(name) or '..' in PurePath(name).parts:
             raise ValueError(f'names must stay within the folder, got {name!r}')
         try:
-            image = read_picture(folder / name)
-        except UnreadableError as error:
-            yield name, str(error)
+            sample = predictor.load(folder / name)
+        except Exception as error:  # any: the other pictures are to be done
+            yield name, _describe(error)
             continue
-        fits = predictor.mixed_sizes or not batch or batch[0][1].shape == image.shape
-        if batch and (len(batch) == batch_size or not fits):
+        shape = sample.data['inputs'].shape
+        if batch and (len(batch) == batch_size or batch[0][1].data['inputs'].shape != shape):
             yield from _annotate_batch(predictor, batch, out_dir)
             batch = []
-        batch.append((name, image))
+        batch.append((name, sample))
     if batch:
         yield from _annotate_batch(predictor, batch, out_dir)
 
 
-def open_video(path: Path) -> mmcv.VideoReader:
-    """Open a video.
+def _annotate_batch(
+    predictor: Predictor, batch: List[Tuple[str, Sample]], out_dir: Path
+) -> Iterator[Tuple[str, Optional[str]]]:
+    try:
+        predictions = predictor([sample for _, sample in batch])
+    except Exception as error:  # any: the other pictures are to be done
+        if len(batch) == 1:
+            yield batch[0][0], _describe(error)
+            return
+        for item in batch:
+            yield from _annotate_batch(predictor, [item], out_dir)
+        return
+    for (name, sample), prediction in zip(batch, predictions):
+        # beside the JSON file, by which sub-folders do not matter
+        label_image = out_dir / PREDICTIONS / f'{name}.png'
+        record = dict(
+            input=name, **_record(sample.image, prediction, label_image, label_image.name)
+        )
+        with complete_file(out_dir / PREDICTIONS / f'{name}.json') as file:
+            file.write_text(json.dumps(record))
+        is_picture = name.lower().endswith(PICTURE_SUFFIXES)
+        _write_image(
+            out_dir / DRAWINGS / (name if is_picture else f'{name}.jpg'), prediction.drawing
+        )
+        yield name, None
 
-    Raises:
-        UnreadableError: If OpenCV cannot read it.
-    """
+
+def open_video(path: Path) -> mmcv.VideoReader:
+    """Open a video; raise UnreadableError if OpenCV cannot read it."""
     reader = mmcv.VideoReader(str(path))
     if not reader.opened:
         raise UnreadableError('no video that OpenCV can read')
@@ -345,49 +393,41 @@ def annotate_video(
 
     The video, ``vis/NAME`` with ``.mp4`` appended if the name ends otherwise, has no sound; a
     last odd row or column of pixels is lost in it. Label images go to ``preds/NAME/``. Never
-    more than a few frames are in memory.
-
-    Args:
-        predictor: The model.
-        reader: The video.
-        name: Name of the results.
-        out_dir: Folder for the results.
-        batch_size: How many frames go through the model together.
-
-    Yields:
-        Numbers of the frames done, from 0.
+    more than a few frames are in memory. Yields the numbers of the frames done, from 0.
 
     Raises:
         UnreadableError: If there are no frames or they change in size; nothing but label images
             is left then. Also if more than a second is missing at the end, after the results
             for the rest are written.
     """
-    rate = reader.fps if math.isfinite(reader.fps) and reader.fps > 0 else DEFAULT_FRAME_RATE
-    code, suffix = writable_video_format()
-    drawing_name = name if name.lower().endswith(suffix) else name + suffix
+    # Without a stated rate mmcv's own default.
+    rate = reader.fps if math.isfinite(reader.fps) and reader.fps > 0 else 30.0
+    drawing_name = name if name.lower().endswith('.mp4') else f'{name}.mp4'
     predictions = out_dir / PREDICTIONS
-    done = 0
-    writer = cv2.VideoWriter()
+    frames = (frame for frame in reader)  # islice would rewind the reader itself
+    done, writer, shape = 0, cv2.VideoWriter(), None
     with (
         complete_file(out_dir / DRAWINGS / drawing_name) as video,
         complete_file(predictions / f'{name}.jsonl') as lines,
         lines.open('w') as stream,
     ):
         try:
-            images = _frames(reader)
-            for batch in iter(lambda: list(islice(images, batch_size)), []):
-                for frame, prediction in zip(batch, predictor(batch)):
-                    if not done:
-                        size = prediction.drawing.shape[1::-1]
-                        if not writer.open(str(video), cv2.VideoWriter_fourcc(*code), rate, size):
-                            raise UnreadableError(
-                                f'OpenCV writes no video of {size[0]} x {size[1]}'
-                            )
-                    record = dict(frame=done, time=round(done / rate, 6), **_size(frame))
-                    record.update(prediction.result)
-                    if prediction.labels is not None:
-                        record['label_image'] = f'{name}/{done:06d}.png'
-                        _write_image(predictions / record['label_image'], prediction.labels)
+            for batch in iter(lambda: list(islice(frames, batch_size)), []):
+                shape = shape or batch[0].shape
+                if any(frame.shape != shape for frame in batch):
+                    raise UnreadableError('its frames change in size')
+                for prediction in predictor([predictor.load(frame) for frame in batch]):
+                    size = prediction.drawing.shape[1::-1]
+                    if not done and not writer.open(
+                        str(video), cv2.VideoWriter_fourcc(*'mp4v'), rate, size
+                    ):
+                        raise UnreadableError(
+                            f'OpenCV writes no video of {size[0]} x {size[1]}; opencv-python has '
+                            'FFmpeg inside, which is needed'
+                        )
+                    file = f'{name}/{done:06d}.png'
+                    record = dict(frame=done, time=round(done / rate, 6))
+                    record.update(_record(batch[0], prediction, predictions / file, file))
                     stream.write(json.dumps(record) + '\n')
                     writer.write(np.ascontiguousarray(prediction.drawing))
                     yield done
@@ -403,96 +443,25 @@ def annotate_video(
         )
 
 
-def writable_video_format() -> Tuple[str, str]:
-    """Code and suffix of the first of ``VIDEO_FORMATS`` that the installed OpenCV writes.
-
-    Raises:
-        RuntimeError: If it writes none.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for code, suffix in VIDEO_FORMATS:
-            file = os.path.join(folder, f'probe{suffix}')
-            writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*code), 25.0, (64, 64))
-            opened = writer.isOpened()
-            writer.release()
-            if opened:
-                return code, suffix
-    raise RuntimeError(
-        f'OpenCV {cv2.__version__} writes none of {[code for code, _ in VIDEO_FORMATS]}: '
-        'install opencv-python, which has FFmpeg inside'
-    )
-
-
 def centre_of_largest_row(mask: np.ndarray) -> np.ndarray:
-    """Where mmseg writes the name of a class: the middle pixel of the row with most of its pixels.
-
-    Args:
-        mask: Ones where the class is, (H, W), at least one.
-
-    Returns:
-        Column and row.
-    """
+    """Where mmseg writes the name of a class: column and row of the middle pixel of the row with most of its pixels."""
     row = np.count_nonzero(mask == 1, axis=1).argmax()
     columns = np.flatnonzero(mask[row] == 1)
     return np.array([columns[len(columns) // 2], row])
 
 
-def _without_backends(cfg: Config, default: str) -> dict:
-    settings = dict(cfg.get('visualizer') or dict(type=default))
-    for key in ('vis_backends', 'save_dir'):
-        settings.pop(key, None)
-    return settings
+def _record(image: np.ndarray, prediction: Prediction, label_image: Path, name: str) -> dict:
+    """Entries of the JSON; writes the label image if there is one."""
+    record = dict(height=image.shape[0], width=image.shape[1], **prediction.result)
+    if prediction.labels is not None:
+        _write_image(label_image, prediction.labels)
+        record['label_image'] = name
+    return record
 
 
-def _check_jpeg_is_whole(content: bytes) -> None:
-    # OpenCV below 4.12 fills what is missing with grey. At an eighth of its size, the picture
-    # costs Pillow a fraction of OpenCV's time.
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.draft('L', (image.width // 8, image.height // 8))
-            image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        pass  # OpenCV may know better
-    except OSError as error:
-        raise UnreadableError(f'damaged JPEG: {error}') from error
-
-
-def _annotate_batch(
-    predictor: Predictor, batch: List[Tuple[str, np.ndarray]], out_dir: Path
-) -> Iterator[Tuple[str, Optional[str]]]:
-    try:
-        predictions = predictor([image for _, image in batch])
-    except Exception as error:  # any: the other pictures are to be done
-        if len(batch) > 1:
-            for item in batch:
-                yield from _annotate_batch(predictor, [item], out_dir)
-        else:
-            yield batch[0][0], f'{type(error).__name__}: {error}'.splitlines()[0]
-        return
-    for (name, image), prediction in zip(batch, predictions):
-        record = dict(input=name, **_size(image), **prediction.result)
-        if prediction.labels is not None:
-            # beside the JSON file, by which sub-folders do not matter
-            record['label_image'] = f'{os.path.basename(name)}.png'
-            _write_image(out_dir / PREDICTIONS / f'{name}.png', prediction.labels)
-        with complete_file(out_dir / PREDICTIONS / f'{name}.json') as file:
-            file.write_text(json.dumps(record))
-        drawing_name = name if is_picture(name) else f'{name}.jpg'
-        _write_image(out_dir / DRAWINGS / drawing_name, prediction.drawing)
-        yield name, None
-
-
-def _size(image: np.ndarray) -> Dict[str, int]:
-    return dict(height=image.shape[0], width=image.shape[1])
-
-
-def _frames(reader: mmcv.VideoReader) -> Iterator[np.ndarray]:
-    shape = None
-    for frame in reader:
-        shape = shape or frame.shape
-        if frame.shape != shape:
-            raise UnreadableError('its frames change in size')
-        yield frame
+def _describe(error: Exception) -> str:
+    kind = '' if isinstance(error, UnreadableError) else f'{type(error).__name__}: '
+    return kind + (str(error).splitlines() or [''])[0]
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:

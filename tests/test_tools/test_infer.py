@@ -1,17 +1,16 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """tools/infer.py: the toolboxes' own predictions, on whatever pictures and videos users have."""
 
-import importlib.util
 import json
 import os
-import sys
+from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_ARCH, run_tool
+from conftest import ROOT, TINY_ARCH, import_tool, run_tool
 from mmengine.config import Config
 from PIL import Image
 
@@ -20,6 +19,7 @@ from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.inference import (
     Prediction,
     Predictor,
+    Sample,
     UnreadableError,
     annotate_pictures,
     annotate_video,
@@ -106,29 +106,31 @@ def results(out) -> dict:
     return {result['input']: result for result in found}
 
 
-def run_main(monkeypatch, *args) -> None:
-    spec = importlib.util.spec_from_file_location('infer', ROOT / 'tools/infer.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, 'argv', ['infer', '--device', 'cpu', *map(str, args)])
-    tool.main()
+def predict(predictor, *images) -> list:
+    return predictor([predictor.load(image) for image in images])
 
 
-class BrightnessPredictor(Predictor):
-    """The mean of each picture; refuses black ones and batches of other sizes than its own."""
+def run_main(*args) -> None:
+    assert import_tool('tools/infer.py').main(['--device', 'cpu', *map(str, args)]) == 0
+
+
+class BrightnessPredictor:
+    """The mean of each picture, in the place of a model; refuses black ones and batches of several sizes."""
 
     def __init__(self):
         self.batches = []
 
-    def samples(self, images):
-        self.batches.append(len(images))
+    def load(self, source):
+        image = read_picture(source) if isinstance(source, Path) else source
+        return Sample(image, dict(inputs=torch.zeros(3, *image.shape[:2])))
+
+    def __call__(self, samples):
+        self.batches.append(len(samples))
+        images = [sample.image for sample in samples]
         assert len({image.shape for image in images}) == 1
         if any(image.max() == 0 for image in images):
             raise RuntimeError('too dark\nto see')
-        return [float(image.mean()) for image in images]
-
-    def prediction(self, image, sample):
-        return Prediction(dict(mean=sample), image)
+        return [Prediction(dict(mean=float(image.mean())), image) for image in images]
 
 
 def test_predictions_are_those_of_the_toolbox(experiment, predictor, tmp_path):
@@ -200,12 +202,10 @@ def test_drawings_show_the_picture_in_its_colours(experiment, predictor, tmp_pat
 
 def test_deployed_form_predicts_the_same(experiment, predictor):
     deployed = load_predictor(experiment, deploy=True)
-    parameters = [
-        sum(p.numel() for p in each.inferencer.model.parameters()) for each in (deployed, predictor)
-    ]
+    parameters = [sum(p.numel() for p in each.model.parameters()) for each in (deployed, predictor)]
     assert parameters[0] < parameters[1]
     images = [scene(seed=1)]
-    first, second = predictor(images)[0], deployed(images)[0]
+    first, second = (predict(each, *images)[0] for each in (predictor, deployed))
     if first.labels is not None:
         assert (first.labels == second.labels).mean() > 0.999
     else:
@@ -363,7 +363,7 @@ def test_names_of_classes_come_from_the_config_if_the_checkpoint_has_none():
     cfg = tiny_config('segmentation')
     weights = dict(state_dict=build_model(cfg).state_dict())
     predictor = build_predictor(cfg, weights, 'weights.pth', 'cpu')
-    found = predictor([scene()])[0].result['classes']
+    found = predict(predictor, scene())[0].result['classes']
     names = ('background', *CLASSES)
     assert all(entry['name'] == names[entry['label']] for entry in found)
     for loader in (cfg.test_dataloader, cfg.val_dataloader):
@@ -405,7 +405,7 @@ def test_video(experiment, predictor, tmp_path):
     assert (written.frame_cnt, written.resolution, written.fps) == (7, (90, 60), 12.5)
 
     third = mmcv.VideoReader(str(video))[3]
-    expected = predictor([third])[0]
+    expected = predict(predictor, third)[0]
     assert abs(written[3].astype(int) - expected.drawing).mean() < 12  # lossy
     if task == 'segmentation':
         assert frames[3]['label_image'] == 'clip.mp4/000003.png'
@@ -467,17 +467,17 @@ def test_a_video_that_fails_leaves_nothing(tmp_path):
     reader = open_video(tmp_path / 'a.mp4')
 
     class FailingPredictor(BrightnessPredictor):
-        def samples(self, images):
+        def __call__(self, samples):
             if len(self.batches) == 3:
                 raise RuntimeError('broken')
-            return super().samples(images)
+            return super().__call__(samples)
 
     with pytest.raises(RuntimeError, match='broken'):
         list(annotate_video(FailingPredictor(), reader, 'a.mp4', tmp_path / 'out'))
     assert not [path for path in (tmp_path / 'out').rglob('*') if path.is_file()]
 
 
-def test_mistakes_in_the_arguments(experiment, tmp_path, monkeypatch):
+def test_mistakes_in_the_arguments(experiment, tmp_path):
     task, *model = experiment
     if task != 'classification':
         pytest.skip('the same for all tasks')
@@ -498,7 +498,7 @@ def test_mistakes_in_the_arguments(experiment, tmp_path, monkeypatch):
         ([resnet, model[1], picture, '--deploy'], 'no part that can be re-parameterised'),
     ):
         with pytest.raises(UsageError, match=message):
-            run_main(monkeypatch, *args, '--out-dir', out)
+            run_main(*args, '--out-dir', out)
     assert not out.exists()
 
     for source, target in (
@@ -510,19 +510,19 @@ def test_mistakes_in_the_arguments(experiment, tmp_path, monkeypatch):
         if not source.exists():
             write(source if source.suffix else source / 'b.png', scene())
         with pytest.raises(UsageError, match=r'is the input itself|lies in .* where results go'):
-            run_main(monkeypatch, *model, source, '--out-dir', target)
+            run_main(*model, source, '--out-dir', target)
     (tmp_path / 'file').touch()
     with pytest.raises(UsageError, match='file'):
-        run_main(monkeypatch, *model, picture, '--out-dir', tmp_path / 'file')
+        run_main(*model, picture, '--out-dir', tmp_path / 'file')
 
 
-def test_unusable_device(monkeypatch, tmp_path):
+def test_unusable_device(tmp_path):
     write(tmp_path / 'a.png', scene())
     config = QUICKSTART / CONFIGS['classification']
     for name in ('cuda:99', 'gpu'):
         args = [config, 'no.pth', tmp_path / 'a.png', '--device', name]
         with pytest.raises(UsageError, match=f"--device '{name}' cannot be used here"):
-            run_main(monkeypatch, *args)
+            run_main(*args)
 
 
 @pytest.mark.slow

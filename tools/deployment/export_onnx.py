@@ -7,7 +7,7 @@ Preprocessing is not part of the graph; the file's metadata holds its numbers.
 
 import argparse
 from pathlib import Path
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,12 @@ from torch import Tensor, nn
 import mmlinglo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
-from mmlinglo.utils.deploy import build_model, switch_to_deploy
+from mmlinglo.utils.deploy import (
+    build_model,
+    count_input_channels,
+    stop_masking_padding,
+    switch_to_deploy,
+)
 from mmlinglo.utils.export import (
     OPSETS,
     ExporterError,
@@ -28,10 +33,11 @@ from mmlinglo.utils.export import (
 from mmlinglo.utils.files import complete_file
 
 TOLERANCE = 1e-4  # relative; float32 rounding gives about 1e-6
-SMALLEST = dict(fixed=32, dynamic=64)  # pixels; an example must not have a map with a side of 1
+# In pixels. For dynamic sizes, no feature map of the example may have a side of 1.
+SMALLEST = dict(fixed=32, dynamic=64)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.add_argument('checkpoint', nargs='?', help='checkpoint file; default: random weights')
     parser.add_argument('--out', required=True, help='file to write, *.onnx')
@@ -44,21 +50,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--shape', nargs=2, type=int, default=[224, 224], metavar=('H', 'W'), help='image size'
     )
-    parser.add_argument('--batch-size', type=int, default=1, help='without --dynamic; default: 1')
+    parser.add_argument(
+        '--batch-size', type=int, default=1, help='images per batch, without --dynamic; default: 1'
+    )
     parser.add_argument(
         '--dynamic',
         action='store_true',
-        help='allow any number and size of images; H W is an example',
+        help='allow any number and size of images; --shape is an example',
     )
     parser.add_argument(
-        '--opset', type=int, choices=OPSETS, help="ONNX operators; default: the exporter's own"
+        '--opset',
+        type=int,
+        choices=OPSETS,
+        help="version of the ONNX operators; default: the exporter's own",
     )
     add_trust_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -86,11 +97,13 @@ def main() -> None:
     if args.checkpoint:
         checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
         load_model_weights(model, checkpoint, args.checkpoint)
+    stop_masking_padding(model)
     names = ['logits']
     if args.part == 'backbone':
         names = [f'stage{i}' for i in model.backbone.out_indices]
     part = model.backbone if args.part == 'backbone' else Logits(model).eval()
-    batches = random_images(args.batch_size, *args.shape, args.dynamic)
+    channels = count_input_channels(model)
+    batches = random_images(args.batch_size, channels, *args.shape, args.dynamic)
     with torch.no_grad():
         expected = [outputs_of(part, images) for images in batches]
         switch_to_deploy(model)
@@ -117,13 +130,19 @@ def main() -> None:
         f'{out}: {args.part} with {metadata["weights"]} weights, outputs {", ".join(names)}; '
         f'on {sizes} they differ from PyTorch by {max(errors):.1e} (relative)'
     )
+    return 0
 
 
-def random_images(batch_size: int, height: int, width: int, dynamic: bool) -> List[Tensor]:
+def random_images(
+    batch_size: int, channels: int, height: int, width: int, dynamic: bool
+) -> List[Tensor]:
     """Make the batches to compare on. The first has the size to export; the second is for dynamic sizes."""
     if not dynamic:
-        return [torch.randn(batch_size, 3, height, width)]
-    return [torch.randn(2, 3, height, width), torch.randn(1, 3, height + 45, width - 23)]
+        return [torch.randn(batch_size, channels, height, width)]
+    return [
+        torch.randn(2, channels, height, width),
+        torch.randn(1, channels, height + 45, width - 23),
+    ]
 
 
 def outputs_of(module: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:

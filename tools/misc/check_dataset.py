@@ -1,9 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Look for what makes trainings on a data set fail, or silently learn something wrong.
+"""Find mistakes in a data set that make a training fail, or silently learn something wrong.
 
-Opens the training, validation and test data of a config: all annotations, and pictures and label images or a sample of
-them. Prints findings, each with the files and the remedy. The exit status is 1 if there are errors; warnings do not
-count. What is looked for: docs/custom_dataset.md.
+The tool reads the training, validation and test data of a config. It checks all annotations, and opens all images and
+label images, or a sample of them. For each finding, it prints the files and the remedy. The exit status is 1 if there
+are errors, and 0 if there are only warnings. docs/custom_dataset.md lists all checks.
 """
 
 import argparse
@@ -23,18 +23,18 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--num',
         default='2000',
-        help='pictures to open of each data set, evenly spaced, or "all"; default: %(default)s',
+        help='images to open of each data set, evenly spaced, or "all"; default: %(default)s',
     )
     parser.add_argument(
         '--workers',
         type=int,
         default=min(8, os.cpu_count() or 1),
-        help='processes that open pictures; default: %(default)s',
+        help='processes that open images; default: %(default)s',
     )
     parser.add_argument(
         '--places', type=int, default=3, help='places to print for each finding; default: 3'
     )
-    parser.add_argument('--out', help='JSON file for the report, there with all places')
+    parser.add_argument('--out', help='JSON file for the report, which then holds all places')
     return parser.parse_args(argv)
 
 

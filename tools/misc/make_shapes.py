@@ -17,7 +17,7 @@ import os.path as osp
 import shutil
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -164,7 +164,7 @@ def write_coco(path: Path, images: List[dict], annotations: List[dict]) -> None:
     path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,11 +178,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--size', type=int, default=160, help='height and width in pixels')
     parser.add_argument('--seed', type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     out = Path(args.out)
     settings = {key: value for key, value in vars(args).items() if key != 'out'}
     if min(args.num_train, args.num_val, args.num_demo) < 0 or args.size < 32:
@@ -193,7 +193,7 @@ def main() -> None:
         record = out / 'settings.json'
         if record.is_file() and json.loads(record.read_text()) == settings:
             print(f'{out} exists already, with these settings')
-            return
+            return 0
         raise UsageError(
             f'{out} exists and was not made with {settings}: remove it or name another folder'
         )
@@ -219,6 +219,7 @@ def main() -> None:
     print(
         f'{osp.join(args.out, "")}: {args.num_train} training and {args.num_val} validation scenes'
     )
+    return 0
 
 
 if __name__ == '__main__':

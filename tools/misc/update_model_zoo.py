@@ -2,8 +2,9 @@
 """Bring the metafiles, docs/model_zoo.md and the README of each config folder up to date with the configs.
 
 Every config in configs/imagenet, configs/coco and configs/ade20k gets a row with its parameters and
-multiply-adds, counted by mmlinglo.analysis.complexity. Whatever else the metafiles say stays: what the
-paper claims, metrics, weights. The tables of the other folders quote the configs' docstrings.
+multiply-adds, which mmlinglo.analysis.complexity counts. The tool keeps all other entries of the
+metafiles: the paper's claims, metrics, weights. The tables of the other folders quote the configs'
+docstrings.
 """
 
 import argparse
@@ -49,16 +50,16 @@ COLUMNS = dict(
 _COUNTED: Dict[tuple, Dict[str, Complexity]] = {}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         '--check', action='store_true', help='write nothing; fail if a file would change'
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def counts(cfg: Config) -> Dict[str, object]:
-    """Entries of a metafile that are counted."""
+    """Count the model of a config: the entries for its row in the metafile."""
     model = build_model(cfg).eval()
     shape = padded_shape(model, image_shape(cfg))
     backbone = {k: v for k, v in cfg.model.backbone.items() if k not in ('init_cfg', 'with_cp')}
@@ -79,7 +80,7 @@ def counts(cfg: Config) -> Dict[str, object]:
 
 
 def updated_row(path: Path, old: dict) -> dict:
-    """Row of a config; what the old row says beyond that stays."""
+    """Make the row of a config. It keeps all other entries of the old row."""
     task = path.parent.name
     cfg = load_config(str(path))
     masks = 'mask_head' in cfg.model.get('roi_head', {}) or 'panoptic_head' in cfg.model
@@ -99,7 +100,7 @@ def updated_row(path: Path, old: dict) -> dict:
 
 
 def updated_metafile(task: str) -> dict:
-    """Content of a task's metafile: collections as they are, a row for each config, by name."""
+    """Make a task's metafile: the same collections, and one row per config, sorted by name."""
     metafile = ROOT / 'configs' / task / 'metafile.yml'
     content = yaml.safe_load(metafile.read_text())
     old = {row['Name']: row for row in content.get('Models') or []}
@@ -108,7 +109,7 @@ def updated_metafile(task: str) -> dict:
 
 
 def table(task: str, rows: List[dict], document: Path) -> str:
-    """Table of a task's rows for ``document``, from whose folder its links go out."""
+    """Make the table of a task's rows. Its links are relative to the folder of ``document``."""
     lines = []
     for row in rows:
         entries = row['Metadata']
@@ -129,7 +130,7 @@ def table(task: str, rows: List[dict], document: Path) -> str:
 
 
 def list_configs(folder: Path) -> str:
-    """Table of the configs in a folder with the first line of each docstring."""
+    """Make a table of the configs in a folder, with the first line of each docstring."""
     lines = []
     for path in sorted(folder.glob('*.py')):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
@@ -147,7 +148,7 @@ def _forms(entries: dict, key: str, unit: float) -> str:
 
 
 def with_tables(document: Path, tables: Dict[str, str]) -> str:
-    """Text of a document with what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` replaced."""
+    """Text of a document with new tables between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
     text = document.read_text()
     for name, content in tables.items():
         marked = re.compile(rf'(<!-- table: {name} -->\n).*?<!-- end -->', re.DOTALL)
@@ -161,7 +162,7 @@ def with_tables(document: Path, tables: Dict[str, str]) -> str:
 
 
 def changed_files() -> Dict[Path, str]:
-    """Files that are not up to date, with their new text."""
+    """Find the files that are not up to date, and their new texts."""
     texts, rows = {}, {}
     for task in DATASETS:
         content = updated_metafile(task)
@@ -173,7 +174,7 @@ def changed_files() -> Dict[Path, str]:
 
 
 def updated_documents(rows: Dict[str, List[dict]]) -> Dict[Path, str]:
-    """Documents with tables, and their new text, from the rows of each task's metafile."""
+    """Make the new texts of all documents with tables, from the rows of each task's metafile."""
     texts = {ZOO: with_tables(ZOO, {task: table(task, rows[task], ZOO) for task in DATASETS})}
     for path in sorted((ROOT / 'configs').glob('[!_]*/README.md')):
         name = path.parent.name
@@ -182,8 +183,8 @@ def updated_documents(rows: Dict[str, List[dict]]) -> Dict[Path, str]:
     return texts
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     changed = changed_files()
     names = ', '.join(path.relative_to(ROOT).as_posix() for path in changed)
     if args.check and changed:
@@ -192,6 +193,7 @@ def main() -> None:
         with complete_file(path) as file:
             file.write_text(text)
     print(f'written: {names}' if changed else 'everything is up to date')
+    return 0
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         'checkpoint', help='checkpoint of a training, or of reparameterize_model.py'
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         help='write the safetensors format, which other programs read too',
     )
     add_trust_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def to_plain(value: Any, name: str) -> Any:
@@ -94,8 +94,8 @@ def serialize(weights: Dict[str, Tensor], meta: dict, safetensors: bool) -> byte
     return buffer.getvalue()
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     out = Path(args.out)
     suffix = '.safetensors' if args.safetensors else '.pth'
     if out.suffix != suffix:
@@ -132,6 +132,7 @@ def main() -> None:
     for key in ('dataset_meta', 'cfg'):
         if key not in meta:
             print(f'warning: the checkpoint says nothing about {key}; inferencers will lack it')
+    return 0
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Start a LinGlo from a checkpoint of PVTv2 of the same size: b0 from B0, b1 from B1, b2 from B2.
+"""Make initial weights for LinGlo from a PVTv2 checkpoint of the same size: b0 from B0, b1 from B1, b2 from B2.
 
-The checkpoint may be timm's, mmdet's or the PVT repository's, or of a training of PVTv2. What both
-networks have in common is taken; the rest starts from values with which LinGlo computes about what
-PVTv2 computed, for which some of the config's training images are needed. The result is a start for
-a training, not a trained LinGlo. Which values, and why: mmlinglo/utils/pvtv2.py.
+The checkpoint may be from timm, mmdet, the PVT repository, or your own training of PVTv2. The tool takes the
+weights that both networks share. It fits the rest so that LinGlo computes about what PVTv2 computed. For
+this, it reads some of the config's training images. The result is a start for a training, not a trained
+LinGlo. mmlinglo/utils/pvtv2.py explains the method.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import importlib.util
 import math
 import re
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import torch
 from mmengine.config import Config
@@ -29,7 +29,7 @@ from mmlinglo.utils.files import complete_file
 from mmlinglo.utils.pvtv2 import convert_pvtv2, load_pvtv2, timm_weights
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument('checkpoint', help="PVTv2's checkpoint, a file or a URL")
@@ -48,11 +48,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
     add_trust_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     if importlib.util.find_spec('timm') is None:
         raise UsageError('PVTv2 itself comes from timm, which is missing: pip install timm')
     for name in ('images', 'steps'):
@@ -69,8 +69,10 @@ def main() -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = build_model(cfg)
     if not isinstance(model.backbone, LinGlo):
-        raise UsageError(f'{args.config} has no LinGlo but a {type(model.backbone).__name__}')
-    model.backbone.init_cfg = None  # in such a config it names the file that is to be written
+        raise UsageError(
+            f'the backbone of {args.config} must be a LinGlo, got {type(model.backbone).__name__}'
+        )
+    model.backbone.init_cfg = None  # in these configs, it names the file that this tool writes
     model.backbone.init_weights()
     model = model.to(device)
     weights, head = timm_weights(
@@ -105,21 +107,22 @@ def main() -> None:
         torch.save(dict(meta=meta, state_dict={k: v.cpu() for k, v in state.items()}), file)
     print(summary(state, origins))
     print(
-        f"difference of the stages' outputs from PVTv2's, on images not fitted to: "
+        f"difference between the stages' outputs and PVTv2's, on images not used for fitting: "
         f'{", ".join(f"{difference:.1%}" for difference in differences)}\n'
         f"written: {out}; train from it with init_cfg=dict(type='Pretrained', "
         f"checkpoint='{out}', prefix='backbone.')"
     )
+    return 0
 
 
 def training_images(cfg: Config, model: nn.Module, count: int, seed: int) -> List[Tensor]:
-    """Batches as the model would get them in training."""
+    """Load batches as the model gets them in training."""
     try:
         loader = Runner.build_dataloader(cfg.train_dataloader, seed=seed)
     except FileNotFoundError as error:
         raise UsageError(
-            f'the training images of {cfg.filename!r} cannot be read ({error}): some are needed to '
-            'measure and fit; name their folder with --cfg-options '
+            f'the training images of {cfg.filename!r} cannot be read ({error}): the conversion needs '
+            'some of them; name their folder with --cfg-options '
             'train_dataloader.dataset.data_root=FOLDER'
         ) from error
     batches: List[Tensor] = []
@@ -131,13 +134,13 @@ def training_images(cfg: Config, model: nn.Module, count: int, seed: int) -> Lis
 
 
 def takes_head(model: nn.Module, head: Dict[str, Tensor]) -> bool:
-    """Whether the classifier's last layer is of the shape of PVTv2's."""
+    """Whether the classifier's last layer has the shape of PVTv2's."""
     layer = getattr(getattr(model, 'head', None), 'fc', None)
     return head is not None and layer is not None and layer.weight.shape == head['weight'].shape
 
 
 def summary(state: Dict[str, Tensor], origins: Dict[str, str]) -> str:
-    """Table of the tensors by origin and name, with * for the numbers of stages and blocks."""
+    """Make a table of the tensors by origin and name, with * for stage and block numbers."""
     groups: Dict[tuple, List[Tensor]] = {}
     for name, value in state.items():
         pattern = re.sub(r'\.\d+\.', '.*.', re.sub(r'\.\d+\.', '.*.', name))

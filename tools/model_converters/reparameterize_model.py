@@ -7,6 +7,7 @@ The tool compares the outputs of both forms, and writes the file only if they ag
 import argparse
 import copy
 from pathlib import Path
+from typing import List, Optional
 
 import torch
 
@@ -19,16 +20,16 @@ from mmlinglo.utils.files import complete_file
 TOLERANCE = 1e-4  # relative; float32 rounding of the fused weights gives about 1e-6
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint of the training form')
     parser.add_argument('out', help='file to write')
     add_trust_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> int:
+    args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     if cfg.model.get('backbone', {}).get('deploy', False):
         raise UsageError(
@@ -66,6 +67,7 @@ def main() -> None:
         f'{out}: {before:.2f} M -> {after:.2f} M parameters, outputs differ by {difference:.1e} '
         f'(relative)\nuse it with --cfg-options model.backbone.deploy=True'
     )
+    return 0
 
 
 if __name__ == '__main__':
