@@ -6,7 +6,7 @@ For several GPUs: ``torchrun --nproc_per_node 8 -m mmlinglo train CONFIG --launc
 
 import argparse
 import difflib
-import runpy
+import importlib.util
 import sys
 from typing import List, Optional
 
@@ -82,12 +82,17 @@ def usage() -> str:
 
 
 def run_tool(command: str, argv: List[str]) -> None:
-    """Run a script of ``tools/``, in this process and under the name of the command."""
+    """Run the ``main`` of a script of ``tools/``, under the name of the command."""
     from mmlinglo.hub import find_root
+    from mmlinglo.utils.cli import run
 
     script = find_root() / 'tools' / TOOLS[command][0]
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None and spec.loader is not None  # a file that exists
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
     sys.argv = [f'mmlinglo {command}', *argv]
-    runpy.run_path(str(script), run_name='__main__')
+    run(tool.main)
 
 
 def list_recipes(argv: List[str]) -> None:
