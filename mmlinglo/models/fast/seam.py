@@ -70,7 +70,14 @@ class Rewriting(nn.Module):
             return False
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return False
-        return not torch_module._has_any_global_hook() and is_plain(self)
+        if (
+            torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or torch_module._global_backward_hooks
+            or torch_module._global_backward_pre_hooks
+        ):
+            return False
+        return is_plain(self)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -89,6 +96,6 @@ def is_plain(module: nn.Module) -> bool:
         if type(param) is not nn.Parameter and is_traceable_wrapper_subclass(param):
             return False
     for child in module._modules.values():
-        if not is_plain(child):
+        if child is None or not is_plain(child):
             return False
     return True
