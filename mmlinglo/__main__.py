@@ -88,7 +88,8 @@ def run_tool(command: str, argv: List[str]) -> None:
 
     script = find_root() / 'tools' / TOOLS[command][0]
     spec = importlib.util.spec_from_file_location(script.stem, script)
-    assert spec is not None and spec.loader is not None  # a file that exists
+    assert spec is not None
+    assert spec.loader is not None  # the file exists
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     sys.argv = [f'mmlinglo {command}', *argv]

@@ -184,7 +184,7 @@ class LinGlo(FastLinGloNetwork, BaseModule):
         self.min_size = strides[-1]
         if with_cp:
             for stage in self.stages:
-                stage.blocks = CheckpointedBlocks(*stage.blocks)
+                stage.blocks = CheckpointedBlocks(*stage.blocks.children())
         for module in self.modules():
             if isinstance(module, Rewriting):
                 module.fast = fast
@@ -298,12 +298,13 @@ class LinGlo(FastLinGloNetwork, BaseModule):
             precedes it; the last layer is all that follows the blocks: output
             norms and whatever has not the prefix.
         """
-        num_layers = sum(len(stage.blocks) for stage in self.stages) + 2
+        depths = self.arch.depths[: len(self.stages)]
+        num_layers = sum(depths) + 2
         names = param_name[len(prefix) :].split('.')
         if param_name.startswith(prefix) and names[0] == 'patch_embed':
             return 0, num_layers
         if param_name.startswith(prefix) and names[0] == 'stages':
-            depth = 1 + sum(len(stage.blocks) for stage in self.stages[: int(names[1])])
+            depth = 1 + sum(depths[: int(names[1])])
             return depth + (int(names[3]) if names[2] == 'blocks' else 0), num_layers
         return num_layers - 1, num_layers
 
@@ -329,7 +330,7 @@ class LinGlo(FastLinGloNetwork, BaseModule):
             )
 
     def _freeze_stages(self) -> None:
-        frozen = [self.patch_embed] if self.frozen_stages >= 0 else []
+        frozen: List[nn.Module] = [self.patch_embed] if self.frozen_stages >= 0 else []
         for i in range(min(self.frozen_stages, len(self.stages))):
             frozen.append(self.stages[i])
             if i in self.out_indices:

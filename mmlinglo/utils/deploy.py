@@ -37,9 +37,9 @@ def switch_to_deploy(model: nn.Module) -> None:
 
 
 def count_input_channels(model: nn.Module) -> int:
-    """Channels of the images that a classifier, detector or segmentor takes: those of its first convolution."""
-    convs = (m for m in model.backbone.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    return next((conv.in_channels for conv in convs), 3)
+    """Channels of the images that a model takes: those of the backbone's first convolution."""
+    layers = getattr(model, 'backbone', model).modules()
+    return next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
 
 
 def stop_masking_padding(model: nn.Module) -> None:

@@ -210,6 +210,45 @@ def test_global_hooks_are_called(case, part):
     assert len(calls) == 1
 
 
+@each_part
+@pytest.mark.parametrize('exchange', ['identity', 'sequence', 'another'])
+def test_layers_exchanged_for_plain_ones_are_obeyed(case, part, exchange):
+    """In float32 without gradients too, where the rewriting of the FFN runs."""
+    tried = 0
+    for shape in case.shapes[:2] + case.shapes[2:][-1:]:
+        module = case.build().eval()
+        layer = module.get_submodule(part)
+        other = dict(
+            identity=nn.Identity(), sequence=nn.Sequential(layer), another=nn.GELU('tanh')
+        )[exchange]
+        replace(module, part, other)
+        x = torch.randn(shape)
+        with torch.no_grad():
+            try:
+                with mmlinglo.literal():
+                    expected = module(x)
+            except RuntimeError:  # sizes that do not match
+                continue
+            tried += 1
+            assert_close(module(x), expected)
+    assert tried or exchange != 'sequence'
+
+
+@pytest.mark.parametrize(
+    'conv', [nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False), nn.Identity()]
+)
+def test_deployment_refuses_exchanged_convolutions(conv):
+    module = encoding(num_branches=4, skip=True).eval()
+    module.branches[1].conv = conv
+    with pytest.raises(TypeError, match='only depth-wise 3x3 convolutions can be fused'):
+        module.switch_to_deploy()
+    assert not module.deploy
+    x = torch.randn(2, 12, 6, 7)
+    with mmlinglo.literal():
+        expected = module(x)
+    assert_close(module(x), expected)
+
+
 class Scaled(nn.Module):
     """An adapter around a layer, as PEFT libraries put them."""
 

@@ -2,7 +2,7 @@
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from .. import network
@@ -34,6 +34,8 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
         >>> attn(torch.rand(1, 3136, 64)).shape
         torch.Size([1, 3136, 64])
     """
+
+    parts = dict(key=nn.Linear, value=nn.Linear, mix=nn.Linear, proj=nn.Linear, softmax=nn.Softmax)
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
         check_integer('embed_dims', embed_dims, 1)

@@ -4,6 +4,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 CHUNK_ELEMENTS = 2**21  # of a map at a time on a CPU, for its cache; 8 MiB in float32
 
@@ -24,7 +25,8 @@ def autocorrelation(x: Tensor, centre: Tensor) -> Tensor:
     """
     if x.device.type == 'cpu' and len(x):
         images = max(1, CHUNK_ELEMENTS * len(x) // x.numel())
-        return sum(_autocorrelate(chunk - centre) for chunk in x.split(images))
+        sums = [_autocorrelate(chunk - centre) for chunk in x.split(images)]
+        return sum(sums[1:], start=sums[0])
     return _autocorrelate(x - centre)
 
 
@@ -43,4 +45,4 @@ def _lags(x: Tensor) -> Tensor:
     channels = x.shape[-1]
     x = x.permute(0, 3, 1, 2)
     shape = (channels, 1, 5, 3)
-    return torch.nn.grad.conv2d_weight(x, shape, x, padding=(2, 1), groups=channels).squeeze(1)
+    return conv2d_weight(x, shape, x, padding=(2, 1), groups=channels).squeeze(1)

@@ -18,6 +18,8 @@ class FFN(Rewriting, network.FFN, plain=True):
     is computed in bands of rows. That is the same arithmetic, up to twice as fast.
     """
 
+    parts = dict(fc1=nn.Linear, act=nn.GELU, fc2=nn.Linear)
+
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
         encoding = self.pos_encoding
         if (
@@ -34,7 +36,7 @@ class FFN(Rewriting, network.FFN, plain=True):
             return onednn.linear(hidden, self.fc2.weight, self.fc2.bias)
         return torch.cat([self._forward_bands(image, kernel, bias) for image in x.split(1)])
 
-    def _forward_bands(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    def _forward_bands(self, x: Tensor, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
         """One image, (1, H, W, C), in bands of rows whose hidden map stays in the cache."""
         height = x.shape[1]
         num_bands = -(-x[..., 0].numel() * self.fc1.out_features // CHUNK_ELEMENTS)
@@ -47,6 +49,6 @@ class FFN(Rewriting, network.FFN, plain=True):
             bands.append(onednn.linear(hidden, self.fc2.weight, self.fc2.bias))
         return torch.cat(bands, dim=1)
 
-    def _hidden(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
         hidden = onednn.linear(x, self.fc1.weight, self.fc1.bias).permute(0, 3, 1, 2)
         return onednn.depthwise_conv_gelu(hidden, kernel, bias).permute(0, 2, 3, 1)

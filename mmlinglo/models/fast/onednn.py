@@ -6,6 +6,8 @@ copies the bias to every row of its result, and an activation reads and writes t
 map once more.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
@@ -26,16 +28,16 @@ def is_usable(x: Tensor) -> bool:
         and not torch.is_autocast_enabled('cpu')
         and _python_dispatch._get_current_dispatch_mode() is None
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Linear layer, (..., C) to (..., C')."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 
-def depthwise_conv_gelu(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+def depthwise_conv_gelu(x: Tensor, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
     """GELU of a depth-wise convolution of (B, C, H, W) by kernels (C, 1, 3, 3), same size out."""
     padding = [kernel.shape[-1] // 2] * 2
     return torch.ops.mkldnn._convolution_pointwise(

@@ -32,8 +32,8 @@ from torch import Tensor
 from .autocorrelation import autocorrelation
 from .precision import autocast_off, full_precision
 
-OFFSETS = list(product((-1, 0, 1), repeat=2))
-LAGS = list(product((-2, -1, 0, 1, 2), repeat=2))
+OFFSETS = list(product((-1, 0, 1), (-1, 0, 1)))
+LAGS = list(product((-2, -1, 0, 1, 2), (-2, -1, 0, 1, 2)))
 
 
 def patch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ def _inside_moments(height: int, width: int) -> Tuple[Tensor, Tensor]:
         return max(height - left_out[0], 0) * max(width - left_out[1], 0) / (height * width)
 
     mean = torch.tensor([share(k, (0, 0)) for k in OFFSETS], dtype=torch.float64)
-    second = [share(k, j) for k, j in product(OFFSETS, repeat=2)]
+    second = [share(k, j) for k, j in product(OFFSETS, OFFSETS)]
     return mean, torch.tensor(second, dtype=torch.float64).view(9, 9) - mean.outer(mean)
 
 
@@ -214,4 +214,4 @@ def _overlap_index(k: Tuple[int, int], j: Tuple[int, int]) -> int:
 
 
 _OVERLAP_MEAN = torch.tensor([_overlap_index(k, (0, 0)) for k in OFFSETS])
-_OVERLAP_PAIR = torch.tensor([_overlap_index(k, j) for k, j in product(OFFSETS, repeat=2)])
+_OVERLAP_PAIR = torch.tensor([_overlap_index(k, j) for k, j in product(OFFSETS, OFFSETS)])

@@ -47,6 +47,7 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
     """
 
     kernel_size = 3
+    reparam: nn.Conv2d
 
     def __init__(
         self,
@@ -83,7 +84,8 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         if self.deploy:
             return _is_depthwise(self.reparam)
         return all(
-            len(branch) == 2
+            isinstance(branch, nn.Sequential)
+            and len(branch) == 2
             and _is_depthwise(branch[0])
             and branch[0].bias is None
             and isinstance(branch[1], _BatchNorm)
@@ -96,7 +98,7 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         """Whether :meth:`kernel_and_bias` depends on the values of ``x``."""
         return not self.deploy and _uses_batch(self.branches[0][1])
 
-    def kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Kernel and bias that do the work of all branches on ``x``; running statistics are updated.
 
         Args:
@@ -132,14 +134,15 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
 
     def _batch_statistics(self, x: Tensor, kernels: Tensor) -> Tuple[Tensor, Tensor]:
         """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
-        norms = [norm for _, norm in self.branches]
+        _, norms = zip(*self.branches)
         patch_mean, patch_covariance = patch_moments(x)
         kernels = kernels.to(patch_mean)
         mean = (kernels * patch_mean).sum(-1)
         var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
-        count = x.numel() // x.shape[1]
+        num_values = x.numel() // x.shape[1]
+        count: Union[int, Tensor] = num_values
         if isinstance(norms[0], nn.SyncBatchNorm):
-            mean, var, count = synchronize_statistics(mean, var, count, norms[0].process_group)
+            mean, var, count = synchronize_statistics(mean, var, num_values, norms[0].process_group)
         var = var.clamp(min=0)
         for norm, batch_mean, batch_var in zip(norms, mean.detach(), var.detach()):
             _update_running_statistics(norm, batch_mean, batch_var, count)
@@ -153,7 +156,7 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         Raises:
             RuntimeError: In training mode, where batch norms use the batch's
                 statistics and the branches are no fixed linear map.
-            TypeError: If the norm of a branch is no batch norm.
+            TypeError: If the convolution of a branch was exchanged, or its norm is no batch norm.
         """
         if self.deploy:
             return
@@ -176,11 +179,10 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         """Kernel (C, 1, 3, 3) and bias (C,), in float64, of the fused form.
 
         Raises:
-            TypeError: If the norm of a branch is no batch norm.
+            TypeError: If the convolution of a branch was exchanged, or its norm is no batch norm.
         """
-        fused = [_fuse_conv_norm(*branch) for branch in self.branches]
-        kernel = sum(kernel for kernel, _ in fused)
-        bias = sum(bias for _, bias in fused)
+        fused = [_fuse_conv_norm(*branch.children()) for branch in self.branches]
+        kernel, bias = (torch.stack(tensors).sum(0) for tensors in zip(*fused))
         if self.skip:
             kernel[:, 0, 1, 1] += 1
         return kernel, bias
@@ -189,8 +191,10 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         return f'skip={self.skip}, deploy={self.deploy}'
 
 
-def _is_depthwise(conv: nn.Conv2d) -> bool:
+def _is_depthwise(conv: nn.Module) -> bool:
     """Whether it is a convolution as the encoding builds it."""
+    if not isinstance(conv, nn.Conv2d):
+        return False
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
     expected = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
     return geometry == expected and conv.groups == conv.in_channels == conv.out_channels
@@ -207,7 +211,7 @@ def _update_running_statistics(
     if not norm.training or not norm.track_running_stats:
         return
     norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
+    momentum: Union[float, Tensor, None] = norm.momentum
     if momentum is None:  # cumulative average
         momentum = 1 / norm.num_batches_tracked.to(norm.running_mean)
     unbiased = var * (count / (count - 1))
@@ -215,8 +219,10 @@ def _update_running_statistics(
         running.add_((batch.to(running) - running) * momentum)
 
 
-def _fuse_conv_norm(conv: nn.Conv2d, norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
+def _fuse_conv_norm(conv: nn.Module, norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
     """Kernel and bias, in float64, of a convolution followed by its batch norm."""
+    if not isinstance(conv, nn.Conv2d) or not _is_depthwise(conv):
+        raise TypeError(f'only depth-wise 3x3 convolutions can be fused, got {conv}')
     kernel = conv.weight.double()
     bias = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.double()
     if norm is None:

@@ -2,7 +2,7 @@
 """The one place where it is decided whether a layer runs as the paper writes it or rewritten."""
 
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Iterator, Mapping, Optional, Type
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Rewriting(nn.Module):
 
     fast: Optional[bool] = None
     """Whether to rewrite: None for on a CPU only, where it was measured; True for on every device."""
+    parts: Mapping[str, Type[nn.Module]] = {}
+    """Layers whose work :meth:`rewrite` does itself, and what they must be for that."""
 
     def __init_subclass__(cls, plain: bool = False) -> None:
         super().__init_subclass__()
@@ -77,7 +79,9 @@ class Rewriting(nn.Module):
             or torch_module._global_backward_pre_hooks
         ):
             return False
-        return is_plain(self)
+        return is_plain(self) and all(
+            type(self._modules[name]) is kind for name, kind in self.parts.items()
+        )
 
 
 def is_plain(module: nn.Module) -> bool:
