@@ -25,7 +25,7 @@ from mmlinglo.hub import find_recipe
 
 from .screen import quiet_screen
 
-# Of torch's DataLoader, which refuses them without data workers.
+# Settings of torch's DataLoader that it refuses without data workers.
 WORKER_SETTINGS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')
 # Pages that describe the layouts of public data sets.
 LAYOUTS = {
@@ -61,7 +61,7 @@ def run(main: Callable[[], Optional[int]]) -> None:
     Args:
         main: The tool. What it returns is the exit status; None and 0 are success.
     """
-    # the parser has yet to see it, and shows help and errors itself
+    # read from sys.argv, because the parser, which shows help and errors itself, runs later
     screen = nullcontext() if '--verbose' in sys.argv else quiet_screen()
     try:
         with screen:
@@ -109,8 +109,8 @@ def config_parser(description: str) -> argparse.ArgumentParser:
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='override settings of the config: key=value pairs; lists as key="[a,b]" or '
-        'key=a,b, nested tuples as key="[(a,b),(c,d)]", quoted and without spaces',
+        help='override settings of the config with key=value pairs; write lists as key="[a,b]" or '
+        'key=a,b, and nested tuples as key="[(a,b),(c,d)]", quoted and without spaces',
     )
     return parser
 
@@ -120,7 +120,7 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='load checkpoints in full, which runs whatever code is in them: only if you know who '
+        help='load checkpoints in full, which runs any code in them: use it only if you know who '
         'made them; default: read weights, numbers and texts, and refuse the rest',
     )
 
@@ -133,7 +133,9 @@ def runner_parser(description: str) -> argparse.ArgumentParser:
         help='folder for logs and checkpoints; default: work_dirs/ and the config name',
     )
     parser.add_argument(
-        '--verbose', action='store_true', help='show on the screen all that goes into the log file'
+        '--verbose',
+        action='store_true',
+        help='show everything on the screen that goes to the log file',
     )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
@@ -188,7 +190,7 @@ def _find_config(path_or_name: str) -> str:
 
 
 def checked_device(name: Optional[str]) -> str:
-    """The device of ``--device``, or without it the first accelerator, else the CPU.
+    """Return the device of ``--device``. Without it, return the first accelerator, else the CPU.
 
     Raises:
         UsageError: If the device cannot be used here.
@@ -205,10 +207,10 @@ def checked_device(name: Optional[str]) -> str:
 def load_runner_config(args: argparse.Namespace) -> Config:
     """Read the config for a Runner and prepare this process for ``args.launcher``.
 
-    Whatever mmengine loads here is read safely, unless ``args.trust_checkpoint``.
+    mmengine then reads all checkpoints safely, unless ``args.trust_checkpoint`` is set.
 
     Raises:
-        UsageError: If the config cannot be used, or the launcher not on this machine.
+        UsageError: If the config cannot be used, or the launcher does not work on this machine.
     """
     cfg = load_config(args.config, args.cfg_options)
     use_in_mmengine(args.trust_checkpoint)
@@ -216,7 +218,7 @@ def load_runner_config(args: argparse.Namespace) -> Config:
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='mmlinglo.ProgressHook')]
     _drop_worker_settings(cfg)
     _use_one_log_writer(cfg)
-    _check_log_backends(cfg)
+    check_log_backends(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -280,7 +282,7 @@ def check_data_files(cfg: Config, config: str, *splits: str) -> None:
 
 
 def _drop_worker_settings(cfg: Config) -> None:
-    """Leave out what a loader without data workers must not have, so that ``num_workers=0`` works."""
+    """Remove settings that need data workers from loaders without any, so that ``num_workers=0`` works."""
     for loader in (cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')):
         if isinstance(loader, dict) and loader.get('num_workers', 0) == 0:
             for key in WORKER_SETTINGS:
@@ -288,14 +290,14 @@ def _drop_worker_settings(cfg: Config) -> None:
 
 
 def _use_one_log_writer(cfg: Config) -> None:
-    """Let the main process alone write log files, where the config has mmengine's hook."""
+    """If the config uses mmengine's LoggerHook, let only the main process write log files."""
     hooks = cfg.setdefault('default_hooks', {})
     logger = hooks.setdefault('logger', dict(type='LoggerHook'))
     if logger is not None and logger.get('type') in ('LoggerHook', LoggerHook):
         logger['type'] = 'mmlinglo.MainProcessLoggerHook'
 
 
-def _check_log_backends(cfg: Config) -> None:
+def check_log_backends(cfg: Config) -> None:
     backends = (cfg.get('visualizer') or {}).get('vis_backends') or []
     for backend in backends:
         kind = backend['type'] if isinstance(backend, dict) else backend

@@ -137,7 +137,7 @@ def test_resume_falls_back_to_the_newest_whole_one(pointer, before_run, tmp_path
         (tmp_path / 'last_checkpoint').write_text(pointer)
     assert before_run() == (True, f'{tmp_path}/epoch_3.pth')
     if pointer:
-        assert f'names {pointer}, which is no whole checkpoint' in caplog.text
+        assert f'names {pointer}, which is not a complete checkpoint' in caplog.text
     assert before_run(by_epoch=False) == (True, f'{tmp_path}/iter_10.pth')
 
 
@@ -253,7 +253,7 @@ def test_full_disk(small_disk):
     path = small_disk / 'epoch_1.pth'
     backend = WholeFileBackend()
     backend.put(bytes(1_200_000), path)
-    message = r'epoch_1.pth needs 1.5 MB, of which \S+/disk has 0.9 MB free \(No space left'
+    message = r'epoch_1.pth needs 1.5 MB, but \S+/disk has only 0.9 MB free \(No space left'
     with pytest.raises(TrainingError, match=message):
         backend.put(bytes(1_500_000), path)
     assert names(small_disk) == ['epoch_1.pth']

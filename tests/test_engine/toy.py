@@ -116,6 +116,8 @@ def build_runner(
     model=None,
     resume=False,
     load_from=None,
+    logger=None,
+    visualizer=None,
 ):
     """4 epochs of 3 iterations or 12 iterations, validated twice, a checkpoint every quarter."""
     loader = dict(
@@ -152,13 +154,13 @@ def build_runner(
                 interval=1 if by_epoch else 3,
                 **(checkpoint or {}),
             ),
-            logger=None,
+            logger=logger,
         ),
         custom_hooks=list(hooks),
         randomness=dict(seed=seed),
         load_from=load_from,
         resume=resume,
-        visualizer=None,
+        visualizer=visualizer,
         log_level='ERROR',
         experiment_name=f'toy_{next(NUMBERS)}',
     )
