@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Checkpoints that either load whole or raise, and never run code from a file."""
+"""Load checkpoints completely or not at all, without running code from the file."""
 
 import json
 import os
@@ -30,13 +30,13 @@ NOT_RESUMABLE = (
     '--cfg-options load_from={source} takes those that fit'
 )
 UNSAFE = (
-    '{source!r} cannot be read safely: {reason}. Loading it in full would run whatever code is in it. '
-    'Only if you know who made it, give --trust-checkpoint to the tool, or make a file of it that needs '
+    '{source!r} cannot be read safely: {reason}. Loading it in full would run any code in it. '
+    'Only if you know who made it, give --trust-checkpoint to the tool, or convert it to a file that needs '
     'no trust: tools/model_converters/publish_model.py --trust-checkpoint'
 )
-# By the part of a name that a wrapper adds: `module` in front, the other one anywhere.
+# Wrappers, by the part that they add to names: `module` in front, `_orig_mod` anywhere.
 WRAPPERS = {'module': 'DistributedDataParallel or EMA', '_orig_mod': 'torch.compile'}
-# All of mmengine's but the names of model zoos, which lead to the unsafe loader of URLs.
+# All schemes of mmengine except those of model zoos, which use the unsafe loader of URLs.
 SCHEMES = ['', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://']
 
 
@@ -47,17 +47,17 @@ class CheckpointError(RuntimeError):
 def load_checkpoint_file(source: str, trust: bool = False) -> dict:
     """Read a checkpoint onto the CPU without running code from it.
 
-    Besides tensors and plain containers only the classes that mmengine's
-    runner puts into its checkpoints are accepted. torch below 2.5 cannot make
-    that exception: there, files that :file:`publish_model.py` has written are read.
+    The function accepts tensors, plain containers, and the classes that mmengine's runner puts
+    into its checkpoints. torch below 2.5 cannot accept these classes: there, the function reads
+    the files that :file:`publish_model.py` writes.
 
     Args:
         source: Path, URL, or URI of any mmengine file backend. A name that ends with
-            ``.safetensors`` is read as such.
-        trust: Whether to unpickle the file in full, which runs whatever code is in it.
+            ``.safetensors`` is read in that format.
+        trust: Whether to unpickle the file in full, which runs any code in it.
 
     Returns:
-        The content, always a dict; if it has ``meta``, that is one too.
+        The content, always a dict. If it has ``meta``, that is a dict too.
 
     Raises:
         FileNotFoundError: If a local path does not exist.
@@ -76,29 +76,30 @@ def load_checkpoint_file(source: str, trust: bool = False) -> dict:
         raise
     except OSError as error:
         raise CheckpointError(f'{source!r} cannot be read: {_reason(error)}') from error
-    except Exception as error:  # any: a damaged or forged file gets anywhere
+    except Exception as error:  # a damaged or forged file can cause any exception
         reason = _reason(error)
         if isinstance(error, UnpicklingError) and 'operand' not in reason:
             message = UNSAFE.format(source=source, reason=reason)
         else:
-            message = f'{source!r} is damaged or no checkpoint: {reason}'
+            message = f'{source!r} is damaged or not a checkpoint: {reason}'
         raise CheckpointError(message) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f'{source!r} holds a {type(checkpoint).__name__}, expected a dict with weights'
         )
     if not isinstance(checkpoint.get('meta', {}), (dict, type(None))):
-        raise CheckpointError(f"{source!r} is no checkpoint: its 'meta' is no dict")
+        raise CheckpointError(f"{source!r} is not a checkpoint: its 'meta' is not a dict")
     return checkpoint
 
 
 def use_in_mmengine(trust: bool = False) -> None:
-    """Let mmengine read checkpoints by :func:`load_checkpoint_file`, in this process.
+    """Make mmengine read checkpoints with :func:`load_checkpoint_file`, in this process.
 
-    Its own loader tries to read safely, with exceptions that run code, and then reads in full. Here,
-    what the runner loads and resumes from and the ``Pretrained`` weights of all models come through
-    ours, onto the CPU, and weights with NaN are refused. What mmengine loads in other ways,
-    such as from model zoos, torch itself is told to read safely.
+    mmengine's own loader first tries to read safely, but accepts classes that run code. Then it
+    reads in full. This function replaces it for the files that the runner loads and resumes from,
+    and for the ``Pretrained`` weights of all models. It reads them onto the CPU, and refuses weights
+    with NaN. For what mmengine loads in other ways, such as from model zoos, it tells torch itself
+    to read safely.
 
     Args:
         trust: Whether to unpickle the files in full.
@@ -136,7 +137,7 @@ def _read(path: str, source: str, trust: bool) -> Any:
 
 
 def _downloaded(url: str) -> str:
-    """Where torch.hub keeps a file; its loader unpacks old archives first, and reads in full by default."""
+    """Download a file to where torch.hub keeps it. Its own loader unpacks old archives first, and reads in full."""
     path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(url).path))
     if not osp.exists(path):
         os.makedirs(osp.dirname(path), exist_ok=True)
@@ -145,7 +146,7 @@ def _downloaded(url: str) -> str:
 
 
 def _load_safetensors(path: str) -> dict:
-    """Tensors as ``state_dict``, and as ``meta`` what ``publish_model.py`` wrote beside them."""
+    """Read the tensors as ``state_dict``, and the metadata of ``publish_model.py`` as ``meta``."""
     safetensors = import_safetensors()
     with safetensors.safe_open(path, framework='pt') as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
@@ -154,7 +155,7 @@ def _load_safetensors(path: str) -> dict:
 
 
 def import_safetensors() -> ModuleType:
-    """The optional package safetensors.
+    """Import the optional package safetensors.
 
     Raises:
         CheckpointError: If it is not installed.
@@ -163,7 +164,7 @@ def import_safetensors() -> ModuleType:
         import safetensors.torch  # needed here only
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            'files in safetensors format need the package of that name: pip install safetensors'
+            'files in safetensors format need the package safetensors: pip install safetensors'
         ) from error
     return safetensors
 
@@ -171,9 +172,9 @@ def import_safetensors() -> ModuleType:
 def find_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
     """Find the weights inside a checkpoint of mmengine, timm or PVT.
 
-    Prefixes that wrappers of a model leave in the names are removed: ``module.`` of
-    ``DistributedDataParallel`` and of averages (EMA), and ``_orig_mod.`` of
-    ``torch.compile``, in any order. A line of the log says so.
+    The function removes the prefixes that wrappers of a model leave in the names: ``module.`` of
+    ``DistributedDataParallel`` and of averages (EMA), and ``_orig_mod.`` of ``torch.compile``, in
+    any order. If it removes any, it logs a line.
     """
     for key in ('state_dict', 'state_dict_ema', 'model'):
         if isinstance(checkpoint.get(key), dict):
@@ -197,7 +198,7 @@ def find_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
 
 
 def _unwrap(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The same weights without wrappers' prefixes, or as they are if two names became one."""
+    """Remove wrappers' prefixes from the names, unless two names would become the same."""
     plain = {}
     for key, value in weights.items():
         parts = key.split('.')
@@ -207,21 +208,21 @@ def _unwrap(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
     if len(plain) < len(weights):
         return weights
     if any(key.startswith('module.') for key in weights):
-        for counter in ('n_averaged', 'steps'):  # of torch's and mmengine's averages
+        for counter in ('n_averaged', 'steps'):  # from torch's and mmengine's averages
             plain.pop(counter, None)
     return plain
 
 
 def load_model_weights(model: nn.Module, checkpoint: dict, source: str) -> None:
-    """Load a whole model; all tensors must be there with the right shapes and no others.
+    """Load a whole model. All its tensors must be there, with the right shapes, and no others.
 
     Args:
-        model: The model; it is not touched if the weights do not fit.
+        model: The model. It stays as it is if the weights do not fit.
         checkpoint: What :func:`load_checkpoint_file` returned.
         source: Name for the error message.
 
     Raises:
-        CheckpointError: If the weights are another model's, or not finite.
+        CheckpointError: If the weights are of another model, or not finite.
     """
     weights, expected = find_state_dict(checkpoint), model.state_dict()
     _check(weights, expected, source, unexpected=[key for key in weights if key not in expected])
@@ -232,16 +233,16 @@ def load_model_weights(model: nn.Module, checkpoint: dict, source: str) -> None:
 def check_resumable(
     model: nn.Module, optimizers: Sequence[Optimizer], checkpoint: dict, source: str
 ) -> None:
-    """Refuse to resume a training of another model or with other groups of parameters.
+    """Refuse to resume a training of another model, or with other parameter groups.
 
     Args:
         model: The model, without a wrapper.
-        optimizers: Its optimizers, in the order of the checkpoint's.
+        optimizers: Its optimizers, in the same order as in the checkpoint.
         checkpoint: What mmengine's runner saved.
         source: Name for the error message.
 
     Raises:
-        CheckpointError: If weights or parameter groups differ; says what to do instead.
+        CheckpointError: If weights or parameter groups differ. It says what to do instead.
     """
     weights, expected = find_state_dict(checkpoint), model.state_dict()
     expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
@@ -267,16 +268,16 @@ def check_resumable(
 def check_finite(
     weights: Dict[str, Tensor], source: str, expected: Optional[Dict[str, Tensor]] = None
 ) -> None:
-    """Refuse weights with which every output would be NaN, as a diverged training leaves them.
+    """Refuse weights with NaN, such as a diverged training leaves. Every output would be NaN.
 
     Args:
         weights: The weights.
         source: Name for the error message.
-        expected: Those of a model of this kind. Infinities are refused as well then,
-            except where this model has them itself, as masks of an attention do.
+        expected: Weights of a model of this kind. If you give them, infinities are refused too,
+            except where this model has them itself, as in attention masks.
 
     Raises:
-        CheckpointError: If there are any; names the tensors.
+        CheckpointError: If there are such weights. It names the tensors.
     """
     wrong = []
     for key, value in weights.items():
@@ -297,20 +298,20 @@ def check_finite(
 def load_pretrained_backbone(
     backbone: nn.Module, source: str, prefix: Optional[str] = None
 ) -> None:
-    """Load a backbone out of a classifier, detector, segmentor or bare backbone.
+    """Load a backbone from a checkpoint of a classifier, detector, segmentor or bare backbone.
 
-    Every tensor of ``backbone`` must be found, except output norms (``norm0``,
-    ``norm1``, ...), which exist only for the stages that the source returned.
-    The numbers go to the log.
+    The file must have every tensor of ``backbone``, except output norms (``norm0``, ``norm1``,
+    ...): they exist only for the stages that the source returned. The log says how many tensors
+    were loaded.
 
     Args:
-        backbone: The backbone; it is not touched if the weights do not fit.
+        backbone: The backbone. It stays as it is if the weights do not fit.
         source: Path, URL, or URI of any mmengine file backend.
         prefix: Prefix of the backbone's tensors in the file. Defaults to
             ``'backbone.'`` if the file has such tensors, else to none.
 
     Raises:
-        FileNotFoundError: If ``source`` does not exist; says what to do.
+        FileNotFoundError: If ``source`` does not exist. It says what to do.
         CheckpointError: If tensors are missing, have other shapes or are not finite.
     """
     try:
@@ -387,7 +388,7 @@ def _shorten(items: List[str], limit: int = 4) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """First sentence of an error; of torch's safe reader, of what it found and not of its advice."""
+    """Take the first sentence of an error. For torch's safe reader, skip its advice."""
     if isinstance(error, UnpicklingError) and isinstance(error.__context__, UnpicklingError):
         error = error.__context__
     text = str(error).strip() or type(error).__name__

@@ -1,5 +1,5 @@
-# To be sourced by the scripts beside it. Sets what stack.sh sets, and PYTHON: as given, else that of the environment
-# which setup_env.sh made, else `python`.
+# The scripts in this folder source this file. It sets what stack.sh sets, and PYTHON: the value that you gave, else the
+# Python of the environment that setup_env.sh made, else `python`.
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 if [ -z "${PYTHON:-}" ]; then
     if [ -e "$VENV/.mmlinglo-unfinished" ]; then
@@ -11,19 +11,19 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 
-# dist_launch GPUS SCRIPT ARGUMENTS...: this node's processes, by torchrun.
+# dist_launch GPUS SCRIPT ARGUMENTS...: start the processes of this node with torchrun.
 dist_launch() {
-    local gpus=$1 rendezvous=(--standalone) # any free port
+    local gpus=$1 rendezvous=(--standalone) # uses any free port
     shift
     if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
         rendezvous=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
     fi
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun sets it, but with a warning
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun sets the same, but with a warning
     exec "$PYTHON" -m torch.distributed.run --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" \
         --nproc_per_node "$gpus" "${rendezvous[@]}" "$@" --launcher pytorch
 }
 
-# slurm_launch PARTITION JOB_NAME SCRIPT ARGUMENTS...
+# slurm_launch PARTITION JOB_NAME SCRIPT ARGUMENTS...: start the processes of all nodes with srun.
 slurm_launch() {
     local partition=$1 job_name=$2 gpus_per_node=${GPUS_PER_NODE:-8}
     shift 2

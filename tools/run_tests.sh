@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # bash tools/run_tests.sh [--quick | --slow | FILE or option of pytest ...]
-#   (nothing)   makes or checks the environment, lints, checks types and runs the tests, in 2 processes; they must reach
-#               COVERAGE percent of the package's lines
-#   --quick     the core tests only, about a minute; does not check the environment
-#   --slow      the same as without options and then the tests that train, build and kill trainings: an hour on 2 cores.
-#               MMLINGLO_STACK=openmmlab runs them on the original OpenMMLab releases
-#   FILE ...    only pytest with what you give, such as tests/test_configs.py -k retinanet
+#   (nothing)   make or check the environment, lint, check types, and run the fast tests in 2 processes. The tests must
+#               reach COVERAGE percent of the package's lines
+#   --quick     run the core tests only, in about a minute. The environment is not checked
+#   --slow      do the same as without options, then run the tests that train, build and kill trainings. This takes an
+#               hour on 2 cores
+#   FILE ...    run only pytest with what you give, such as tests/test_configs.py -k retinanet
 #   -h, --help  print this
+# Set MMLINGLO_STACK=openmmlab to run the tests on the original OpenMMLab releases.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/stack.sh

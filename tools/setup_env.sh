@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # bash tools/setup_env.sh [--compile | --stand-in]
-# Makes .venv with the tested versions, or completes it after an interruption. Does nothing if it is complete.
+# Makes .venv with the tested versions, or completes it after an interruption. If it is complete, nothing happens.
 #
 # Detection needs some of mmcv's operators. They come from the first of these:
-#   1. a wheel of mmcv in the wheel cache, compiled here before
+#   1. a wheel of mmcv in the wheel cache, compiled earlier
 #   2. a wheel from the page or folder that MMCV_INDEX names; it must fit this Python, torch and CUDA
-#   3. torchvision, by a stand-in that needs no compiler (mmlinglo/mmcv_ops.py)
+#   3. torchvision, through a stand-in that needs no compiler (mmlinglo/mmcv_ops.py)
 # Options:
-#   --compile   compile mmcv instead of 2 and 3, once for each torch, Python and CUDA. This needs g++, on a machine
-#               with GPUs also nvcc, and takes 16 minutes on 2 cores
+#   --compile   compile mmcv instead of 2 and 3, once for each torch, Python and CUDA. This takes 16 minutes on 2 cores.
+#               It needs g++, and on a machine with GPUs also nvcc
 #   --stand-in  use the stand-in even if there is a wheel
 #   -h, --help  print this
 # Variables:
@@ -22,7 +22,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 CACHE=${MMLINGLO_WHEEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mmlinglo/wheels}
-# mmcv's metadata needs setuptools >= 77, the original OpenMMLab releases need < 80
+# mmcv's metadata needs setuptools >= 77, and the original OpenMMLab releases need < 80
 BUILD_TOOLS=('setuptools>=77.0.3,<80' wheel ninja psutil)
 READY=$VENV/.mmlinglo-ready UNFINISHED=$VENV/.mmlinglo-unfinished
 
@@ -47,7 +47,7 @@ python=$VENV/bin/python
 
 has_compiled_mmcv() { compgen -G "$VENV/lib/python*/site-packages/mmcv/_ext.*.so" >/dev/null; }
 
-# Changes whenever one of these files or the torch does, and with the folder, which an environment cannot leave.
+# The stamp depends on these files, the version of torch, and the folder, because an environment cannot be moved.
 stamp=$(cat tools/setup_env.sh tools/stack.sh setup.py requirements/*.txt <(echo "$VENV $TORCH") | sha256sum | cut -d' ' -f1)
 is_ready=
 if [ "$(cat "$READY" 2>/dev/null)" = "$stamp" ]; then
@@ -87,11 +87,11 @@ make_venv() {
     say "making $VENV with $("$base" --version)"
     rm -rf "$VENV"
     mkdir -p "$VENV"
-    touch "$UNFINISHED" # before anything else: nothing uses a half-made environment
+    touch "$UNFINISHED" # first of all, so that nothing uses a half-made environment
     "$base" -m venv "$VENV"
 }
 
-# torch's build without CUDA is a tenth of the size. PyPI does not have it, other indexes that pip is told of may.
+# torch's build without CUDA is a tenth of the size. PyPI does not have it, but another index that pip uses may.
 install_torch() {
     say "installing torch $TORCH and torchvision $TORCHVISION"
     if ! nvidia-smi -L >/dev/null 2>&1; then
@@ -116,13 +116,13 @@ compile_mmcv() { # into the folder $1
             fail "to compile mmcv's operators for this machine's GPU, nvcc of CUDA ${major%%.*} must be on PATH (found: ${nvcc:-none}). Without --compile, torchvision's operators run on the GPU"
     fi
     say "compiling $mmcv for $key (once; 16 minutes on 2 cores)"
-    # --no-build-isolation: without torch in sight mmcv silently leaves its operators out.
-    # --no-cache-dir: pip's own cache would serve a wheel that was built against another torch.
+    # --no-build-isolation: a build that cannot see torch silently leaves the operators out.
+    # --no-cache-dir: pip's own cache could hold a wheel that was built against another torch.
     env "${ops[@]}" "$python" -m pip wheel --no-cache-dir --no-build-isolation --no-deps -w "$1" "$mmcv" \
         >"$CACHE/$key/build.log" 2>&1 || fail "compiling $mmcv failed, see $CACHE/$key/build.log"
 }
 
-# Set `wheel` to a wheel with compiled operators in the cache, or to nothing for the stand-in.
+# Set `wheel` to a wheel with compiled operators in the cache, or to nothing to use the stand-in.
 find_wheel() {
     local name=${MMCV//-/_}-${mmcv#*==}-*.whl new
     wheel=
@@ -163,7 +163,7 @@ LOAD
 install_mmcv() {
     if [ -n "$wheel" ]; then
         say "installing $(basename "$wheel") with compiled operators"
-        pip install -q --no-deps --force-reinstall "$wheel" # the same version may be there without them
+        pip install -q --no-deps --force-reinstall "$wheel" # the same version may be installed without them
         return
     fi
     say "installing $mmcv without compiled operators: torchvision's take their place"
@@ -177,14 +177,14 @@ install_toolboxes() {
     for file in "${STACK_PINS[@]}" requirements/{runtime,tests,docs,analysis}.txt; do requirements+=(-r "$file"); done
     pip install -q "torch==$TORCH" "torchvision==$TORCHVISION" "${BUILD_TOOLS[@]}" "${requirements[@]}"
     pip install -q --no-deps --no-build-isolation -e .
-    # Two of the packages bring opencv-python, which needs libGL; a server without a screen may not have it.
+    # Two of the packages install opencv-python, which needs libGL. A server without a screen may lack it.
     if ! "$python" -c 'import cv2' 2>/dev/null; then
         pip install -q --no-deps --force-reinstall \
             "opencv-python-headless==$("$python" -c 'from importlib.metadata import version as v; print(v("opencv-python-headless"))')"
     fi
 }
 
-# pip takes a package for installed whose files are only half there, so an interrupted environment is made anew.
+# pip considers a package installed even if half of its files are missing, so make an interrupted environment again.
 if [ -e "$UNFINISHED" ] || ! "$python" -m pip --version >/dev/null 2>&1; then make_venv; fi
 if [ -z "$is_ready" ]; then
     rm -f "$READY"
@@ -199,7 +199,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 key=torch$TORCH-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-$device
 MMCV_INDEX=${MMCV_INDEX:-}
-find_wheel # may fail, which leaves a ready environment as it is
+find_wheel # if this fails, a ready environment stays as it is
 rm -f "$READY"
 touch "$UNFINISHED"
 install_mmcv

@@ -1,4 +1,4 @@
-# To be sourced by the scripts beside it. Answers --help, and sets what depends on MMLINGLO_STACK:
+# The scripts in this folder source this file. It answers --help, and sets what depends on MMLINGLO_STACK:
 #   onedl      the maintained forks, the default
 #   openmmlab  the original OpenMMLab releases. Their mmengine cannot resume its own checkpoints with torch 2.6 or newer.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -6,7 +6,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Print the comment at the top of the script that sources this one.
 describe() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 
-# The same after a mistake, and exit.
+# Print it after a mistake, and exit.
 usage() {
     describe >&2
     exit 2

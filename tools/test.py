@@ -16,7 +16,7 @@ LABEL_WRITERS = ('IoUMetric', 'CityscapesMetric')  # metrics of mmseg that take 
 
 
 class StrictRunner(Runner):
-    """Runner that loads the checkpoint it was given whole or not at all."""
+    """Runner that loads the given checkpoint completely or not at all."""
 
     checkpoint: dict
 
@@ -37,8 +37,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'images for segmentors',
     )
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays')
+    parser.add_argument('--show-dir', help='folder for images with the predictions drawn on them')
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds that a window stays open; default: 2'
+    )
     return parser.parse_args(argv)
 
 
@@ -60,7 +62,7 @@ def enable_visualization(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def save_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Add what writes ``--out``: mmseg's metric itself, a metric of its own in the other toolboxes.
+    """Make a metric write ``--out``: mmseg's own metric, or an additional one in the other toolboxes.
 
     Raises:
         UsageError: If ``--out`` is of the wrong kind, or no metric writes label images.
@@ -86,7 +88,7 @@ def save_predictions(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def kind_of(evaluator: dict) -> str:
-    """Name of the class, which configs of pure Python have as such."""
+    """Name of the metric's class. Pure Python configs hold the class itself."""
     kind = evaluator['type']
     return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""What is wrong with the data of an experiment, before it is trained on."""
+"""Find what is wrong with the data of an experiment before you train on it."""
 
 from .check import check_datasets
 from .checks import CHECKS

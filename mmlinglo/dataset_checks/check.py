@@ -20,15 +20,15 @@ def check_datasets(
     progress: Optional[TextIO] = None,
     overridden: Sequence[str] = (),
 ) -> Report:
-    """Look for defects of the data sets of an experiment that make its training fail or mislearn.
+    """Find defects in the data sets of an experiment that make its training fail or learn something wrong.
 
-    All annotations are checked, and that all pictures exist. Nothing is written or downloaded.
+    The function checks all annotations, and that all images exist. It writes and downloads nothing.
 
     Args:
         cfg: Config of a classifier, detector or segmentor.
-        num: Pictures and label images to open of each data set, evenly spaced; None for all.
+        num: Number of images and label images to open of each data set, evenly spaced; None for all.
         workers: Processes that open them.
-        progress: Where a progress bar goes; None for nowhere.
+        progress: Stream for a progress bar; None for no bar.
         overridden: Keys that the user changed in the loaded config (``--cfg-options``).
     """
     if cfg.get('default_scope'):
@@ -47,6 +47,6 @@ def check_datasets(
             by_task.setdefault(task, []).append(split)
     for task, members in by_task.items():
         TASKS[task].check(cfg, members, Opener(num, workers, progress))
-        check_model(cfg, [split for split in members if split.classes], report)
+        check_model(cfg, members, report)
     check_loaders(cfg, readable)
     return report

@@ -20,83 +20,83 @@ class Check(NamedTuple):
 _TABLE = """
 variable-unused | error | a variable of the config does not reach the data sets | a base config is not evaluated again when a child config or --cfg-options changes its variable: set the variable in a copy of the file that uses it
 dataset-unbuildable | error | the data set cannot be opened | change what the message names
-dataset-unknown | warning | annotations of this type of data set are not checked, only its pictures | look at some samples with the browse_dataset tool of the toolbox
-data-prefix | error | data_prefix does not name the folder of the pictures | write data_prefix=dict(img='folder/') for boxes, dict(img_path='folder/', seg_map_path='labels/') for label images, dict(img_path='folder/') for class folders
+dataset-unknown | warning | annotations of this type of data set are not checked, only its images | look at some samples with the browse_dataset tool of the toolbox
+data-prefix | error | data_prefix does not name the folder of the images | write data_prefix=dict(img='folder/') for boxes, dict(img_path='folder/', seg_map_path='labels/') for label images, dict(img_path='folder/') for class folders
 classes-text | error | the classes are a single string, so that each letter would be a class | write a tuple, with a comma also after a single name: classes=('cat',)
 classes-differ | error | training and evaluation have different classes | use one variable for metainfo.classes of all data sets
 palette-short | error | there are fewer colours than classes, so that drawing fails | drop metainfo.palette or give one colour for each class
 num-classes | error | the model has another number of classes than the data set | set num_classes (num_things_classes and num_stuff_classes in a panoptic head) to the number of classes, everywhere that it occurs
 class-weight | error | class_weight has another length than the loss needs | write one weight per class; a softmax loss of mmdet needs one more, for the background
 out-channels | error | out_channels of a decode head does not fit its classes and its loss | use out_channels=1 with two classes and loss_decode.use_sigmoid=True, or drop out_channels
-topk | error | top-k of more classes than there are | use topk=(1,) in the evaluator and head
+topk | error | top-k asks for more classes than there are | use topk=(1,) in the evaluator and head
 evaluator-file | error | the evaluator reads another annotation file than the data set | set ann_file of the evaluator to the file of its data set
-same-data | warning | training and evaluation read the same data | keep pictures apart that training does not see
+same-data | warning | training and evaluation read the same data | set images aside that training does not see
 no-samples | error | nothing is left to train or evaluate on | correct the findings below, or filter_cfg, or batch_size and drop_last of the data loader
-last-batch | error | a batch of one picture at 32 x 32 pixels or less: batch normalization cannot train on a single value | set drop_last=True, another batch_size, or a larger input size
-batch-shapes | error | pictures of different sizes cannot form one evaluation batch in mmseg | set batch_size=1 in the data loader of the evaluation, or resize all pictures to one size
+last-batch | error | a batch of one image at 32 x 32 pixels or less: batch normalization cannot train on a single value | set drop_last=True, another batch_size, or a larger input size
+batch-shapes | error | images of different sizes cannot form one evaluation batch in mmseg | set batch_size=1 in the data loader of the evaluation, or resize all images to one size
 slide-window | error | the sliding window of model.test_cfg is not usable | write two numbers for crop_size and for stride, as in crop_size=(512, 512), stride=(341, 341), and no stride longer than the crop
-slide-small | warning | pictures are smaller than the sliding window: mmseg does not pad them, so the network sees a size that it was not trained at | resize the pictures to at least crop_size in the test pipeline, or use test_cfg=dict(mode='whole')
+slide-small | warning | images are smaller than the sliding window: mmseg does not pad them, so the network sees a size that it was not trained at | resize the images to at least crop_size in the test pipeline, or use test_cfg=dict(mode='whole')
 folder-missing | error | a folder does not exist | correct data_root, data_prefix, or the names of the folders
 annotations-missing | error | an annotation file does not exist | correct data_root and ann_file
 annotations-unreadable | error | an annotation file cannot be read | save the file in the format that the data set expects, as UTF-8 without a byte-order mark: json.dump(content, open(path, 'w', encoding='utf-8'))
-pictures-none | error | no pictures found | correct data_root, data_prefix, or the suffix (img_suffix, extensions)
-picture-missing | error | a picture does not exist | add the picture or drop its annotation
-picture-unreadable | error | a picture cannot be read | replace the picture or drop its annotation
-picture-truncated | error | a picture ends too early; training fails, or sees grey where data is missing | copy the picture again from its source or drop its annotation
-picture-size | error | the size of a picture differs from that in the annotation file, so that boxes are misplaced | annotate the picture as it is; if it has an EXIF orientation, save it upright
-picture-suffix | warning | pictures are left out because of their suffix | convert them to JPEG or PNG, or change the suffix (img_suffix, extensions)
+pictures-none | error | no images found | correct data_root, data_prefix, or the suffix (img_suffix, extensions)
+picture-missing | error | an image does not exist | add the image or drop its annotation
+picture-unreadable | error | an image cannot be read | replace the image or drop its annotation
+picture-truncated | error | an image ends too early; training fails, or sees grey where data is missing | copy the image again from its source or drop its annotation
+picture-size | error | the size of an image differs from that in the annotation file, so that boxes are misplaced | annotate the image as it is; if it has an EXIF orientation, save it upright
+picture-suffix | warning | images are left out because of their suffix | convert them to JPEG or PNG, or change the suffix (img_suffix, extensions)
 class-missing | error | a class of the config is not in the annotation file: it gets no boxes, and the labels of the classes after it shift | write metainfo.classes exactly as the names of the categories
 class-order | error | the classes are in another order than the categories; labels follow the file, so that predictions get wrong names | write metainfo.classes in the order of the categories in the file
 categories-differ | error | the annotation files list their categories differently, so that labels differ | write the same list of categories, in one order, into all files
 category-ignored | warning | a category of the annotation file is not among the classes; its boxes are left out | add it to metainfo.classes if the model should find it
 category-duplicate | error | categories share an id or a name | give each category one id and one name
-image-duplicate | error | entries of `images` share an id | give each picture an id of its own
+image-duplicate | error | entries of `images` share an id | give each image its own id
 file-duplicate | warning | entries of `images` share a file, so that it counts several times | merge the entries and point their annotations to the one that stays
-annotation-duplicate | error | annotations share an id | give each annotation an id of its own
+annotation-duplicate | error | annotations share an id | give each annotation its own id
 annotation-id | error | the COCO evaluation counts a match with annotation id 0 as none, and fails on ids that are text | number the annotations 1, 2, 3, ...
 ids-mixed | error | some ids are text and others are numbers, which the COCO evaluation cannot sort | write all ids as numbers
 annotation-incomplete | error | an entry lacks a key that mmdet or the COCO evaluation needs | write images with id, file_name, width, height and annotations with id, image_id, category_id, bbox, area, iscrowd
 value-invalid | error | an entry holds a value of the wrong type or range | write ids, sizes, area and iscrowd as numbers, file_name and name as text
-annotation-image | error | an annotation belongs to a picture that is not in the file; it is left out | set its image_id to the id of an entry of `images`
+annotation-image | error | an annotation belongs to an image that is not in the file; it is left out | set its image_id to the id of an entry of `images`
 annotation-category | error | an annotation has a category that is not in the file; it is left out | set its category_id to the id of an entry of `categories`
-crowd-only | error | every box of a class has iscrowd=1: there is nothing to train on and nothing to evaluate | set iscrowd=0; 1 is for regions of many objects that nobody told apart
+crowd-only | error | every box of a class has iscrowd=1: there is nothing to train on and nothing to evaluate | set iscrowd=0; 1 is for regions of many objects that are not annotated one by one
 box-ignored | error | boxes have `ignore`: mmdet leaves them out, but the COCO evaluation counts them as missed | set iscrowd=1 instead of `ignore`, or drop these annotations
 box-invalid | error | a box is not four finite numbers | write [x, y, width, height] in pixels
-box-relative | error | boxes look like fractions of the picture | write [x, y, width, height] in pixels
+box-relative | error | boxes look like fractions of the image | write [x, y, width, height] in pixels
 box-corners | error | boxes look like corners [x1, y1, x2, y2] | write [x, y, width, height] in pixels
 box-empty | error | a box has no width, height or area; mmdet leaves it out, the COCO evaluation counts it as missed | correct or drop the annotation
-box-outside | error | a box lies outside its picture; mmdet leaves it out, the COCO evaluation counts it as missed | correct or drop the annotation; if there are many, see whether width and height of the picture are swapped
+box-outside | error | a box lies outside its image; mmdet leaves it out, the COCO evaluation counts it as missed | correct or drop the annotation; if there are many, see whether width and height of the image are swapped
 box-small | warning | a box is narrower than one pixel; mmdet leaves it out, the COCO evaluation counts it as missed | drop the annotation
-box-sticks-out | warning | a box sticks out of its picture by more than a pixel | cut the box at the border of the picture
+box-sticks-out | warning | a box sticks out of its image by more than a pixel | cut the box at the border of the image
 box-duplicate | warning | several annotations of one class have the same box: the model cannot find them all | drop the copies
-boxes-many | warning | a picture has more boxes than the evaluation or the model counts, so that the recall cannot reach 1 | raise max_per_img in model.test_cfg; the COCO evaluation itself counts 100 boxes per picture and class
-boxes-none | warning | a picture has no boxes | annotate it, unless it is meant to be empty; training leaves it out while filter_cfg.filter_empty_gt is True
-picture-filtered | warning | a picture is smaller than filter_cfg.min_size and left out of training | lower filter_cfg.min_size
+boxes-many | warning | an image has more boxes than the evaluation or the model counts, so that the recall cannot reach 1 | raise max_per_img in model.test_cfg; the COCO evaluation itself counts 100 boxes per image and class
+boxes-none | warning | an image has no boxes | annotate it, unless it is meant to be empty; training leaves it out while filter_cfg.filter_empty_gt is True
+picture-filtered | warning | an image is smaller than filter_cfg.min_size and left out of training | lower filter_cfg.min_size
 mask-missing | error | the pipeline loads masks, but an annotation has no segmentation | add polygons or RLE as `segmentation`, or use a detector without masks
-mask-invalid | error | a segmentation is neither polygons nor RLE of its picture | write [[x1, y1, x2, y2, x3, y3, ...], ...] in pixels, or RLE dict(size=[height, width], counts=...) as pycocotools.mask makes it
+mask-invalid | error | a segmentation is neither polygons nor RLE of its image | write [[x1, y1, x2, y2, x3, y3, ...], ...] in pixels, or RLE dict(size=[height, width], counts=...) as pycocotools.mask makes it
 class-unseen | warning | a class never occurs in the training data that was opened | add examples or drop the class
-label-missing | error | a picture has no label image | give the label image the name of the picture with seg_map_suffix, or drop the picture
-label-unused | warning | a label image has no picture | add the picture, or correct img_suffix
+label-missing | error | an image has no label image | give the label image the name of the image with seg_map_suffix, or drop the image
+label-unused | warning | a label image belongs to no image | add the image, or correct img_suffix
 label-unreadable | error | a label image cannot be read | save the label image again
 label-colours | error | a label image has several channels | convert the colours to class numbers, in a PNG of one channel or with a palette
-label-size | error | a label image and its picture differ in size | save both in one size; if the picture has an EXIF orientation, save it upright
-label-range | error | label images hold numbers that are no class | make classes, reduce_zero_label and ignore_index fit the numbers in the label images
-label-binary | error | label images hold no numbers but 0 and 255, and 255 is ignored: at most one class is learnt | write 1 in place of 255
+label-size | error | an image and its label image differ in size | save both in one size; if the image has an EXIF orientation, save it upright
+label-range | error | label images hold numbers that are not a class | make classes, reduce_zero_label and ignore_index fit the numbers in the label images
+label-binary | error | label images hold only the numbers 0 and 255, and 255 is ignored: at most one class is learnt | write 1 in place of 255
 zero-label-kept | error | a label equals the number of classes: 0 may mean unlabelled, but counts as the first class | set reduce_zero_label=True; if 0 is a class, add a name for the last label to the classes, or make it the ignore_index
-zero-label-dropped | error | reduce_zero_label=True drops label 0, but labels run from 0 to the number of classes less one: 0 seems to be a class and all others shift | set reduce_zero_label=False; or, if 0 means unlabelled, add examples of the last class
+zero-label-dropped | error | reduce_zero_label=True drops label 0, but labels run from 0 to the number of classes minus one: 0 seems to be a class and all others shift | set reduce_zero_label=False; or, if 0 means unlabelled, add examples of the last class
 zero-label-differs | error | reduce_zero_label differs between places of the config | use one variable for all data sets; LoadAnnotations needs none, it follows the data set
 ignore-index | error | the ignored label differs between places of the config | use one variable for decode_head.ignore_index, the evaluator, and seg_pad_val
-labels-none | warning | every pixel of a label image is ignored | label the picture or drop it
-folder-flat | error | pictures lie in one folder, without a folder for each class | move each picture into a folder with the name of its class, or name their classes in an annotation file (ann_file)
+labels-none | warning | every pixel of a label image is ignored | label the image or drop it
+folder-flat | error | images lie in one folder, without a folder for each class | move each image into a folder with the name of its class, or name their classes in an annotation file (ann_file)
 folder-hidden | error | a hidden folder counts as a class | delete the folder, or move it elsewhere
-folders-differ | error | training and evaluation have different class folders, so that labels differ | make the same class folders for both, also where one has no pictures
+folders-differ | error | training and evaluation have different class folders, so that labels differ | make the same class folders for both, also where one has no images
 folder-count | error | there are more or fewer class folders than classes | give the classes the names of the folders
 folder-order | error | classes and folders are in different orders; labels follow the sorted folders, so that predictions get wrong names | sort metainfo.classes
 folder-name | warning | classes and folders have different names; the first sorted folder gets the first name | give the classes the names of the folders, or see that the order is right
-folder-empty | warning | a class folder holds no pictures | add pictures
-file-stray | warning | pictures lie beside the class folders and are left out | move them into the folder of their class
-line-invalid | error | a line of the annotation file is not a picture and a class number | write one picture per line: its path, a space, and the number of its class
-class-number | error | a class number is out of range | number the classes from 0 to their number less one
+folder-empty | warning | a class folder holds no images | add images
+file-stray | warning | images lie beside the class folders and are left out | move them into the folder of their class
+line-invalid | error | a line of the annotation file is not an image and a class number | write one image per line: its path, a space, and the number of its class
+class-number | error | a class number is out of range | number the classes from 0 to the number of classes minus one
 """
 CHECKS: Dict[str, Check] = {
     key: Check(*texts) for key, *texts in (line.split(' | ') for line in _TABLE.split('\n') if line)

@@ -1,8 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Class folders, and lists of pictures with class numbers.
+"""Check class folders, and lists of images with class numbers.
 
-mmpretrain numbers the folders in the order of their sorted names, whatever the names of the
-classes, and takes each folder for a class, hidden ones too.
+mmpretrain numbers the folders in the order of their sorted names and ignores the names of the
+classes. It treats each folder as a class, also hidden ones.
 """
 
 import os.path as osp
@@ -41,7 +41,7 @@ def check(cfg: Config, splits: List[Split], opener: Opener) -> None:  # noqa: AR
         split.count(pictures=len(samples))
         check_numbers(split, samples)
         pictures = [Picture(s['img_path'], **loading(split)) for s in samples if 'img_path' in s]
-        if pictures:  # CIFAR10 has them in memory
+        if pictures:  # CIFAR10 keeps its images in memory
             check_pictures(split, pictures, opener)
         if split.training:
             sizes = (split.transformed_size(sample) for sample in samples[:3])
@@ -50,7 +50,7 @@ def check(cfg: Config, splits: List[Split], opener: Opener) -> None:  # noqa: AR
 
 
 def read_list(split: Split) -> Optional[List[dict]]:
-    """Samples of an annotation file: a picture and the number of its class in each line."""
+    """Read the samples of an annotation file: each line has an image and the number of its class."""
     path, dataset = split.dataset.ann_file, split.dataset
     if not osp.isfile(path):
         split.add('annotations-missing', path)
@@ -74,16 +74,16 @@ def read_list(split: Split) -> Optional[List[dict]]:
 
 
 def read_folders(split: Split) -> Tuple[List[str], List[dict]]:
-    """Class folders and samples of a data set whose classes are folders."""
+    """Read the class folders and samples of a data set whose classes are folders."""
     dataset, root, backend = split.dataset, split.dataset.img_prefix, LocalBackend()
     folders = sorted(backend.list_dir_or_file(root, list_file=False))
     files = sorted(backend.list_dir_or_file(root, list_dir=False))
     pictures = [file for file in files if dataset.is_valid_file(file)]
     if not folders:
         if pictures:
-            split.add('folder-flat', f'{root}: {len(pictures)} pictures, no folders')
+            split.add('folder-flat', f'{root}: {len(pictures)} images, no folders')
         else:
-            split.add('pictures-none', f'{root}: neither folders nor pictures')
+            split.add('pictures-none', f'{root}: neither folders nor images')
         return folders, []
     for file in pictures:
         split.add('file-stray', osp.join(root, file))
@@ -103,16 +103,16 @@ def read_folders(split: Split) -> Tuple[List[str], List[dict]]:
     if split.classes is None:
         split.classes = folders
     else:
-        check_names(split, folders)
+        check_names(split, list(split.classes), folders)
     return folders, samples
 
 
-def check_names(split: Split, folders: List[str]) -> None:
-    """Class folders against the classes of the config."""
-    root, classes = split.dataset.img_prefix, list(split.classes)
+def check_names(split: Split, classes: List[str], folders: List[str]) -> None:
+    """Compare the class folders with the classes of the config."""
+    root = split.dataset.img_prefix
     if len(folders) != len(classes):
         place = f'{root}: {len(folders)} folders, {len(classes)} classes'
-        if set(folders) & set(classes):  # the names of ImageNet's classes are not its folders'
+        if set(folders) & set(classes):  # ImageNet's classes and folders have different names
             place += differences(folders, classes, 'without a class', 'without a folder')
         split.add('folder-count', place)
     elif folders != classes:
@@ -125,7 +125,7 @@ def check_names(split: Split, folders: List[str]) -> None:
 
 
 def check_numbers(split: Split, samples: List[dict]) -> None:
-    """Class numbers are those of classes, and in training every class has one."""
+    """Check that each class number belongs to a class, and that every class occurs in training."""
     numbers = set()
     for sample in samples:
         number = sample.get('gt_label')
@@ -142,7 +142,7 @@ def check_numbers(split: Split, samples: List[dict]) -> None:
 
 
 def check_same_folders(folders: Dict[str, List[str]], splits: List[Split]) -> None:
-    """Evaluation has the class folders of training."""
+    """Check that evaluation has the same class folders as training."""
     for split in splits:
         first, theirs = next(iter(folders), ''), folders.get(split.name)
         if theirs and folders[first] and set(theirs) != set(folders[first]):
@@ -151,7 +151,7 @@ def check_same_folders(folders: Dict[str, List[str]], splits: List[Split]) -> No
 
 
 def differences(first: List[str], second: List[str], in_first: str, in_second: str) -> str:
-    """What is in one of two lists only, the first five names of each."""
+    """Describe what only one of two lists has, with the first five names of each."""
     text = ''
     for what, names in (
         (in_first, set(first) - set(second)),

@@ -6,7 +6,7 @@ import math
 import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import Annotated, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
 
 import numpy as np
 
@@ -36,27 +36,29 @@ class Category(msgspec.Struct):
 
 
 class Annotation(msgspec.Struct):
-    """An object. Boxes and masks are converted later, for messages of their own."""
+    """An object. Boxes and masks are converted later, with their own messages."""
 
     id: Id
     image_id: Id
     category_id: Id
     bbox: Any
-    area: Annotated[float, Meta(le=1e10)]  # COCOeval counts none that are larger
+    area: Annotated[float, Meta(le=1e10)]  # COCOeval counts no larger objects
     iscrowd: Optional[Flag] = None
     ignore: Optional[Flag] = None
     segmentation: Any = None
 
 
 class RunLengths(msgspec.Struct):
-    """A mask column by column: how many pixels without the object, with it, without it, ..."""
+    """A mask, column by column: numbers of pixels without the object, with it, without it, ..."""
 
     size: Tuple[Integer, Integer]  # height, width
     counts: Union[str, List[Annotated[int, Meta(ge=0, le=2**31)]]]
 
 
 Segmentation = Union[List[List[float]], RunLengths]
-PARTS = dict(images=Image, annotations=Annotation, categories=Category)
+PARTS: Dict[str, Type[msgspec.Struct]] = dict(
+    images=Image, annotations=Annotation, categories=Category
+)
 
 
 class Coco(NamedTuple):
@@ -68,7 +70,7 @@ class Coco(NamedTuple):
 
 
 class UnreadableError(Exception):
-    """The file is no JSON, or lacks one of its lists."""
+    """The file is not JSON, or lacks one of its lists."""
 
 
 def read(path: str, optional: Tuple[str, ...] = ()) -> Tuple[Coco, List[Tuple[str, str]]]:
@@ -79,10 +81,10 @@ def read(path: str, optional: Tuple[str, ...] = ()) -> Tuple[Coco, List[Tuple[st
         optional: Lists that the file may lack.
 
     Returns:
-        The entries that can be used; for each of the others the key of a check and its place.
+        The usable entries; and for each of the others, the key of a check and the place.
 
     Raises:
-        UnreadableError: If the file is no JSON, or lacks one of its lists.
+        UnreadableError: If the file is not JSON, or lacks one of its lists.
     """
     try:
         with open(path) as file:
@@ -90,18 +92,18 @@ def read(path: str, optional: Tuple[str, ...] = ()) -> Tuple[Coco, List[Tuple[st
     except (ValueError, RecursionError, OSError) as error:
         raise UnreadableError(f'{path}: {_encoding_problem(path) or error}') from error
     if not isinstance(content, dict):
-        raise UnreadableError(f'{path}: no object of lists, but {reprlib.repr(content)}')
-    lists = {part: content.get(part, [] if part in optional else None) for part in PARTS}
-    lacking = [repr(part) for part, entries in lists.items() if not isinstance(entries, list)]
+        raise UnreadableError(f'{path}: not an object of lists, but {reprlib.repr(content)}')
+    content = {**{part: [] for part in optional}, **content}
+    lacking = [repr(part) for part in PARTS if not isinstance(content.get(part), list)]
     if lacking:
         raise UnreadableError(f'{path}: no list {" and no list ".join(lacking)}')
     problems: List[Tuple[str, str]] = []
-    parts = [list(_convert(lists[part], part, path, problems)) for part in PARTS]
+    parts = [list(_convert(content[part], part, path, problems)) for part in PARTS]
     return Coco(*parts), problems
 
 
 def _encoding_problem(path: str) -> Optional[str]:
-    """Why a text is not read although an editor shows it."""
+    """Explain why a text cannot be read although an editor shows it."""
     try:
         start = Path(path).read_bytes()[:3]
     except OSError:
@@ -116,7 +118,7 @@ def _encoding_problem(path: str) -> Optional[str]:
 def _convert(
     entries: List[Any], part: str, path: str, problems: List[Tuple[str, str]]
 ) -> Iterator[Any]:
-    kind: Type[msgspec.Struct] = PARTS[part]
+    kind = PARTS[part]
     for i, entry in enumerate(entries):
         try:
             yield convert(entry, kind)
@@ -131,10 +133,10 @@ def _convert(
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """What JSON gave, as a type.
+    """Convert a value from JSON to a type.
 
     Raises:
-        ValidationError: If it is of another one.
+        ValidationError: If the value does not fit the type.
     """
     try:
         return msgspec.convert(value, kind)
@@ -143,7 +145,7 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def explain(value: Any, error: Exception) -> str:
-    """What a conversion found wrong where in a value, to be put after the name of the value."""
+    """Describe what a conversion found wrong, and where in the value. It follows the name of the value."""
     message, _, where = str(error).replace('`', '').partition(' - at $')
     for index, key in re.findall(r'\[(\d+)\]|\.(\w+)', where):
         value = value[int(index) if index else key]
@@ -151,7 +153,7 @@ def explain(value: Any, error: Exception) -> str:
 
 
 def box_of(annotation: Annotation) -> Box:
-    """``[x, y, width, height]`` of an annotation, four NaN if it is not four numbers."""
+    """Return the ``[x, y, width, height]`` of an annotation, or four NaN if it is not four numbers."""
     try:
         return convert(annotation.bbox, Box)
     except ValidationError:
@@ -159,11 +161,11 @@ def box_of(annotation: Annotation) -> Box:
 
 
 def mask_problem(annotation: Annotation, image: Image, box: Box) -> Optional[str]:
-    """What is wrong with the segmentation of an annotation, None if nothing is.
+    """Describe what is wrong with the segmentation of an annotation, or return None.
 
     Args:
-        annotation: With a segmentation that is not empty.
-        image: The picture.
+        annotation: An annotation with a segmentation that is not empty.
+        image: Its image.
         box: ``[x, y, width, height]`` in pixels.
     """
     try:
@@ -188,22 +190,22 @@ def mask_problem(annotation: Annotation, image: Image, box: Box) -> Optional[str
 
 def _run_problem(mask: RunLengths, shape: Tuple[float, float]) -> Optional[str]:
     if mask.size != shape:
-        return f'RLE of size {list(mask.size)}, but the picture has {list(shape)}'
+        return f'RLE of size {list(mask.size)}, but the image has {list(shape)}'
     try:
         counts = _decode_counts(mask.counts) if isinstance(mask.counts, str) else mask.counts
     except ValueError:
         return f'RLE counts {reprlib.repr(mask.counts)} cannot be decoded'
     pixels = int(shape[0] * shape[1])
     if sum(counts) != pixels:
-        return f'RLE counts of {sum(counts)} pixels, but the picture has {pixels}'
+        return f'RLE counts of {sum(counts)} pixels, but the image has {pixels}'
     return None if sum(counts[1::2]) else 'RLE without a pixel of the object'
 
 
 def _decode_counts(text: str) -> List[int]:
-    """Numbers in COCO's compressed RLE; pycocotools reads beyond the end of a damaged one.
+    """Decode COCO's compressed RLE. pycocotools reads beyond the end of a damaged one.
 
-    Each character holds five bits and whether more follow; from the fourth number on,
-    differences to the last but one are stored.
+    Each character holds five bits, and a bit that says whether more follow. From the fourth
+    number on, the text holds differences to the last number but one.
 
     Raises:
         ValueError: If the text is damaged.

@@ -1,11 +1,10 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Boxes and masks in COCO format.
+"""Check boxes and masks in COCO format.
 
-mmdet leaves out silently what it cannot use: boxes of categories that are not among the
-classes, and boxes without width, height or area or outside their picture. The COCO evaluation
-reads the file itself and counts those as missed. mmdet's labels count the categories that are
-among the classes in the order of the file (``get_cat_ids`` of its COCO API), whatever the order
-of the classes.
+mmdet silently leaves out boxes that it cannot use: boxes of categories that are not among the
+classes, boxes without width, height or area, and boxes outside their image. The COCO evaluation
+reads the file itself and counts the latter as missed. mmdet numbers its labels in the order of
+the categories in the file (``get_cat_ids`` of its COCO API), not in the order of the classes.
 """
 
 import difflib
@@ -21,7 +20,7 @@ from . import coco
 from .pictures import Opener, Picture, check_pictures, loading, size
 from .splits import Split, type_name
 
-COUNTED = 100  # boxes per picture and class in the COCO evaluation's mAP
+COUNTED = 100  # boxes per image and class in the COCO evaluation's mAP
 
 
 def check(cfg: Config, splits: List[Split], opener: Opener) -> None:
@@ -41,7 +40,7 @@ def check(cfg: Config, splits: List[Split], opener: Opener) -> None:
 
 
 def check_coco(cfg: Config, split: Split, names: Dict[str, List[str]], opener: Opener) -> None:
-    """Check a data set in COCO format; ``names`` has the categories of those before."""
+    """Check a data set in COCO format. ``names`` holds the categories of the earlier data sets."""
     path, evaluators = split.dataset.ann_file, split.evaluators
     for name, evaluator in evaluators:
         other = evaluator.get('ann_file')
@@ -77,7 +76,7 @@ def check_coco(cfg: Config, split: Split, names: Dict[str, List[str]], opener: O
 
 
 def check_categories(split: Split, content: coco.Coco) -> List[str]:
-    """Categories against the classes of the config.
+    """Compare the categories with the classes of the config.
 
     Returns:
         Names of the categories in the order of the file, each once.
@@ -106,7 +105,7 @@ def check_categories(split: Split, content: coco.Coco) -> List[str]:
 
 
 def check_images(split: Split, content: coco.Coco) -> Dict[coco.Id, coco.Image]:
-    """Entries of `images` by their id."""
+    """Check the entries of `images`, and return them by their id."""
     path = split.dataset.ann_file
     for value in _repeated(image.id for image in content.images):
         split.add('image-duplicate', f'{path}: id {value!r}')
@@ -118,13 +117,13 @@ def check_images(split: Split, content: coco.Coco) -> Dict[coco.Id, coco.Image]:
 
 
 class Annotations:
-    """The annotations of a file against each other, its categories and its pictures.
+    """Checks the annotations of a file against each other, its categories and its images.
 
     Args:
         cfg: The experiment.
         split: Data set of the annotations.
         content: The file.
-        images: Its pictures by id.
+        images: Its images by id.
     """
 
     def __init__(
@@ -137,13 +136,13 @@ class Annotations:
             for _, metric in split.evaluators
             if type_name(metric['type']) == 'CocoMetric' and not metric.get('format_only')
         ]
-        # Without ann_file, the metric writes a file of its own.
+        # Without ann_file, the metric writes its own file.
         self.evaluated = any(metric.get('ann_file') for metric in metrics)
         self.with_masks = split.step('LoadAnnotations').get('with_mask', False) or any(
             'segm' in metric.get('metric', 'bbox') for metric in metrics
         )
         self.names = {category.id: category.name for category in content.categories}
-        # Annotations of a picture and a category of the file, and their boxes.
+        # Annotations whose image and category are in the file, and their boxes.
         self.kept: List[coco.Annotation] = []
         self.boxes = np.empty((0, 4))
 
@@ -178,7 +177,7 @@ class Annotations:
         self.split.count(boxes=len(annotations))
 
     def check_classes(self) -> None:
-        """Each class has boxes that training or evaluation uses."""
+        """Check that each class has boxes that training or evaluation uses."""
         split, annotations = self.split, self.content.annotations
         total = Counter(a.category_id for a in annotations)
         crowd = Counter(a.category_id for a in annotations if a.iscrowd)
@@ -196,7 +195,7 @@ class Annotations:
                 split.add('class-unseen', place)
 
     def check_evaluation(self) -> None:
-        """What pycocotools needs beyond what training needs."""
+        """Check what pycocotools needs and training does not."""
         for annotation in self.content.annotations:
             if annotation.iscrowd is None:
                 place = f'{self.path}: annotation {annotation.id} lacks iscrowd'
@@ -224,7 +223,7 @@ class Annotations:
                     self.split.add('boxes-many', place)
 
     def check_boxes(self) -> None:
-        """Boxes against the sizes of their pictures, and masks."""
+        """Check boxes against the sizes of their images, and masks."""
         shapes = [
             (self.images[a.image_id].width, self.images[a.image_id].height) for a in self.kept
         ]
@@ -232,7 +231,7 @@ class Annotations:
         x, y, width, height = self.boxes.T
         right, bottom = x + width, y + height
         area = np.array([annotation.area for annotation in self.kept])
-        finite = np.isfinite(self.boxes).all(1)
+        finite = np.all(np.isfinite(self.boxes), axis=1)
         sound = finite & (width > 0) & (height > 0) & (area > 0)
         self.add_boxes('box-invalid', ~finite)
         self.add_boxes('box-empty', finite & ~sound)
@@ -244,7 +243,7 @@ class Annotations:
         outside = sound & ((right <= 0) | (bottom <= 0) | (x >= columns) | (y >= rows))
         beyond = (x < -1) | (y < -1) | (right > columns + 1) | (bottom > rows + 1)
         wrong = sound & (outside | beyond)
-        # As corners, all are valid; as [x, y, width, height], too many leave their pictures.
+        # As corners, all are valid. As [x, y, width, height], too many leave their images.
         corners = (x < width) & (width <= columns + 1) & (y < height) & (height <= rows + 1)
         if corners[sound].all() and wrong.sum() > sound.sum() / 10:
             self.add_boxes('box-corners', wrong)
@@ -262,15 +261,15 @@ class Annotations:
                 )
 
     def add_boxes(self, check: str, chosen: np.ndarray) -> None:
-        """Report those of the boxes that a mask chooses."""
+        """Report the boxes that a mask selects."""
         for i in np.flatnonzero(chosen):
             annotation = self.kept[i]
             image = self.images[annotation.image_id]
-            facts = f'area {annotation.area:g}, picture {size((image.height, image.width))}'
+            facts = f'area {annotation.area:g}, image {size((image.height, image.width))}'
             self.add(check, annotation, f'{reprlib.repr(annotation.bbox)}, {facts}')
 
     def check_masks(self, chosen: np.ndarray) -> None:
-        """Segmentations of those annotations that a mask chooses."""
+        """Check the segmentations of the annotations that a mask selects."""
         polygons_only = not self.split.step('LoadAnnotations').get('poly2mask', True)
         for i in np.flatnonzero(chosen):
             annotation = self.kept[i]
@@ -287,7 +286,7 @@ class Annotations:
                 self.add('mask-invalid', annotation, problem)
 
     def check_left(self) -> None:
-        """Pictures that are left to train or evaluate on."""
+        """Count the images that remain for training or evaluation."""
         split, dataset = self.split, self.split.dataset
         filters = {} if dataset.test_mode else dataset.filter_cfg or {}
         min_size, classes = filters.get('min_size', 0), split.classes or ()

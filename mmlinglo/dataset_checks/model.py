@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""The config against its data sets: variables, classes of the model, data loaders."""
+"""Compare the config with its data sets: variables, classes of the model, data loaders."""
 
 import os.path as osp
 import re
@@ -16,7 +16,7 @@ STRIDE = 32  # of LinGlo's last stage, in pixels
 def check_variables(
     cfg: Config, splits: List[Split], report: Report, overridden: Sequence[str]
 ) -> None:
-    """The config's ``data_root`` and ``classes``, if it has such variables, reach its data sets."""
+    """Check that the variables ``data_root`` and ``classes``, if the config has them, reach its data sets."""
     root, classes = cfg.get('data_root'), cfg.get('classes')
     roots = [osp.normpath(path) for path in (s.cfg.get('data_root') for s in splits) if path]
     if isinstance(root, str) and roots and is_unused(cfg, 'data_root', overridden):
@@ -31,9 +31,9 @@ def check_variables(
 
 
 def is_unused(cfg: Config, name: str, overridden: Sequence[str]) -> bool:
-    """Whether nothing is set to a value for this key after the variable was set last.
+    """Whether no setting with this key follows the last assignment of the variable.
 
-    A right config may set ``dataset.data_root`` and leave the variable of its base as it is.
+    A correct config may set ``dataset.data_root`` and not change the variable of its base.
     ``cfg.text`` holds all files, base configs first.
     """
     text = re.sub(r'#.*', '', cfg.text or '')
@@ -43,7 +43,7 @@ def is_unused(cfg: Config, name: str, overridden: Sequence[str]) -> bool:
 
 
 def check_metainfo(split: Split) -> bool:
-    """Whether the classes of a data set are such that the rest can be checked."""
+    """Check the classes of a data set. Return whether the other checks can use them."""
     if isinstance(split.classes, str):
         split.add('classes-text', repr(split.classes))
         return False
@@ -54,13 +54,15 @@ def check_metainfo(split: Split) -> bool:
 
 
 def check_model(cfg: Config, splits: List[Split], report: Report) -> None:
-    """Numbers of classes of heads, losses, preprocessor and metrics, and of the data sets."""
-    if not splits:
+    """Compare the numbers of classes of heads, losses, preprocessor and metrics with the data sets."""
+    known = [(split, split.classes) for split in splits if split.classes]
+    if not known:
         return
-    first, count = splits[0], len(splits[0].classes)
-    for split in splits[1:]:
-        if list(split.classes) != list(first.classes):
-            there, here = short(first.classes), short(split.classes)
+    first, classes = known[0]
+    count = len(classes)
+    for split, theirs in known[1:]:
+        if list(theirs) != list(classes):
+            there, here = short(classes), short(theirs)
             split.add('classes-differ', f'{there} in {first.name}, {here} here')
     for path, node in model_nodes(cfg):
         for key, number in class_counts(node):
@@ -69,7 +71,7 @@ def check_model(cfg: Config, splits: List[Split], report: Report) -> None:
                 report.add('num-classes', 'config', place)
         for check, problem in loss_problems(cfg, node, count):
             report.add(check, 'config', f'{path}: {problem}')
-    for split in splits:
+    for split, _ in known:
         for name, evaluator in split.evaluators:
             topk = evaluator.get('topk', 1)
             if (topk if isinstance(topk, int) else max(topk)) > count:
@@ -77,7 +79,7 @@ def check_model(cfg: Config, splits: List[Split], report: Report) -> None:
 
 
 def model_nodes(cfg: Config) -> Iterator[Tuple[str, dict]]:
-    """Each dict of the model and the data preprocessor that may have to do with classes."""
+    """Find all dicts of the model and the data preprocessor that may depend on classes."""
     stack = [('model', cfg.model), ('data_preprocessor', cfg.get('data_preprocessor') or {})]
     while stack:
         path, node = stack.pop()
@@ -89,7 +91,7 @@ def model_nodes(cfg: Config) -> Iterator[Tuple[str, dict]]:
 
 
 def class_counts(node: dict) -> Iterator[Tuple[str, int]]:
-    """Numbers of classes of a part of the model, with what states them."""
+    """Find the numbers of classes of a part of the model, with the keys that state them."""
     things, stuff = node.get('num_things_classes'), node.get('num_stuff_classes', 0)
     if isinstance(node.get('num_classes'), int):
         yield 'num_classes', node['num_classes']
@@ -98,7 +100,7 @@ def class_counts(node: dict) -> Iterator[Tuple[str, int]]:
 
 
 def loss_problems(cfg: Config, node: dict, count: int) -> Iterator[Tuple[str, str]]:
-    """Weights of classes, and outputs of a decode head, that do not fit the classes."""
+    """Find class weights and outputs of a decode head that do not fit the classes."""
     weights = node.get('class_weight')
     if isinstance(weights, (list, tuple)) and not node.get('use_mask'):
         scope, _, kind = str(node.get('type', '')).rpartition('.')
@@ -120,12 +122,12 @@ def loss_problems(cfg: Config, node: dict, count: int) -> Iterator[Tuple[str, st
 
 
 def check_loaders(cfg: Config, splits: List[Split]) -> None:
-    """Each loader yields batches, and training and evaluation do not read the same files."""
+    """Check that each loader yields batches, and that training and evaluation read different files."""
     for split in splits:
         count, batch_size = split.num_samples, split.loader.get('batch_size', 1)
         place = f'{count} samples, batch_size {batch_size}'
         sampler = type_name(split.loader.get('sampler', {}).get('type', ''))
-        # Neither endless nor repeated or joined with others.
+        # Not endless, not repeated, and not joined with others.
         plain = not sampler.startswith('Infinite') and split.loader['dataset'] == split.cfg
         drop_last = split.loader.get('drop_last', False)
         if count == 0:
@@ -149,6 +151,6 @@ def _source(split: Split) -> tuple:
 
 
 def short(classes: Sequence[str], limit: int = 5) -> str:
-    """The first names of many."""
+    """Show the first names of a long list."""
     names = ', '.join(repr(name) for name in list(classes)[:limit])
     return f'({names}{f", and {len(classes) - limit} more" * (len(classes) > limit)})'

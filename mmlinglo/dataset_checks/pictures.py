@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Opening many pictures."""
+"""Open many images."""
 
 import io
 import os.path as osp
@@ -23,42 +23,42 @@ PICTURE_SUFFIXES = (
 
 
 class Picture(NamedTuple):
-    """A picture file, the size that the annotations state, and how training decodes it."""
+    """An image file, the size that the annotations state, and how training decodes it."""
 
     path: str
-    shape: Optional[Shape] = None
+    shape: Optional[Tuple[float, float]] = None
     flag: str = 'color'
     backend: str = 'cv2'
 
 
 def loading(split: Split) -> dict:
-    """``flag`` and ``backend`` with which the pipeline of a data set decodes pictures."""
+    """Find the ``flag`` and ``backend`` with which the pipeline of a data set decodes images."""
     step = split.step('LoadImageFromFile')
     return dict(flag=step.get('color_type', 'color'), backend=step.get('imdecode_backend', 'cv2'))
 
 
 class Opener(NamedTuple):
-    """Opens pictures in parallel: ``num`` of each data set, evenly spaced, or all if it is None."""
+    """Opens images in parallel: ``num`` of each data set, evenly spaced, or all if it is None."""
 
     num: Optional[int]
     workers: int
     progress: Optional[TextIO]
 
     def run(self, function: Callable[[Any], Any], items: Sequence[Any], title: str) -> List[Any]:
-        """Results of ``function``, which can be pickled, for a sample of ``items``."""
+        """Call ``function``, which must be picklable, for a sample of ``items``, and return the results."""
         if self.num is not None and len(items) > self.num:
             items = [items[i] for i in np.linspace(0, len(items) - 1, self.num).astype(int)]
         if not items:
             return []
         file = self.progress or io.StringIO()
-        file.write(f'{title}: opening {len(items)} pictures\n')
+        file.write(f'{title}: opening {len(items)} images\n')
         if self.workers == 1:
             return track_progress(function, items, file=file)
         return track_parallel_progress(function, items, self.workers, chunksize=8, file=file)
 
 
 def check_pictures(split: Split, pictures: Sequence[Picture], opener: Opener) -> None:
-    """See that all pictures of a data set exist, and open them or a sample of them."""
+    """Check that all images of a data set exist, and open all or a sample of them."""
     there = existing(split, [picture.path for picture in pictures], 'picture-missing')
     pictures_there = [picture for picture in pictures if picture.path in there]
     results = opener.run(inspect_picture, pictures_there, split.name)
@@ -69,7 +69,7 @@ def check_pictures(split: Split, pictures: Sequence[Picture], opener: Opener) ->
 
 
 def existing(split: Split, paths: Sequence[str], check: str) -> set:
-    """Those of the paths that are files; the others are reported."""
+    """Return the paths that are files, and report the others."""
     there = {path for path in paths if osp.isfile(path)}
     for path in paths:
         if path not in there:
@@ -78,7 +78,7 @@ def existing(split: Split, paths: Sequence[str], check: str) -> set:
 
 
 def inspect_picture(picture: Picture) -> List[Problem]:
-    """Open one picture and compare its size with the annotated one."""
+    """Open one image and compare its size with the annotated one."""
     problems, shape = decode(picture)
     if shape is not None and picture.shape is not None and shape != picture.shape:
         place = f'{picture.path}: {size(shape)}, annotated {size(picture.shape)}'
@@ -87,7 +87,7 @@ def inspect_picture(picture: Picture) -> List[Problem]:
 
 
 def decode(picture: Picture) -> Tuple[List[Problem], Optional[Shape]]:
-    """What is wrong with a picture as training decodes it, and its size if it can be read."""
+    """Decode an image as training does. Return what is wrong with it, and its size if it can be read."""
     data = Path(picture.path).read_bytes()
     if not data:
         return [('picture-unreadable', f'{picture.path}: empty file')], None
@@ -99,15 +99,18 @@ def decode(picture: Picture) -> Tuple[List[Problem], Optional[Shape]]:
     if is_truncated(data):
         return [('picture-truncated', picture.path)], shape
     if image is None:
-        return [('picture-unreadable', f'{picture.path}: no picture for {picture.backend}')], None
+        return [('picture-unreadable', f'{picture.path}: {picture.backend} cannot decode it')], None
     return [], shape
 
 
 def is_truncated(data: bytes) -> bool:
-    """Whether data is missing from a picture; OpenCV below 4.12 decodes it all the same."""
+    """Whether data is missing from an image. OpenCV below 4.12 decodes it anyway."""
     try:
         image = Image.open(io.BytesIO(data))
-    except (OSError, Image.DecompressionBombError):  # a format of OpenCV's only, or very large
+    except (
+        OSError,
+        Image.DecompressionBombError,
+    ):  # a format that only OpenCV reads, or a very large image
         return False
     try:
         image.load()
@@ -117,12 +120,12 @@ def is_truncated(data: bytes) -> bool:
 
 
 def other_pictures(folder: str, suffixes: Tuple[str, ...]) -> List[str]:
-    """Pictures in and below a folder whose names do not end in one of ``suffixes``, sorted."""
+    """List the images in and below a folder whose names do not end in one of ``suffixes``, sorted."""
     files = LocalBackend().list_dir_or_file(folder, list_dir=False, recursive=True)
     pictures = (path for path in files if path.lower().endswith(PICTURE_SUFFIXES))
     return sorted(osp.join(folder, path) for path in pictures if not path.endswith(suffixes))
 
 
 def size(shape: Tuple[float, float]) -> str:
-    """Height and width as people write sizes."""
+    """Write a size as width x height."""
     return f'{shape[1]} x {shape[0]}'

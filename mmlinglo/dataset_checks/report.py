@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""What was found."""
+"""The findings of the checks."""
 
 from dataclasses import dataclass, field
 from typing import Dict, List, Tuple
@@ -14,7 +14,7 @@ class Finding:
     Attributes:
         check: Key of :data:`CHECKS`.
         dataset: ``train``, ``val``, ``test`` or several of them; ``config``.
-        places: What was found where, one text each.
+        places: One text per place, with what was found there.
     """
 
     check: str
@@ -27,7 +27,7 @@ class Finding:
 
 
 class Report:
-    """Findings, grouped, and what was looked at."""
+    """Findings by kind, and the data sets that were checked."""
 
     def __init__(self) -> None:
         self.datasets: Dict[str, dict] = {}
@@ -45,7 +45,7 @@ class Report:
 
     @property
     def findings(self) -> List[Finding]:
-        """Errors first, each kind in the order of :data:`CHECKS`."""
+        """All findings, errors first, each kind in the order of :data:`CHECKS`."""
         order = list(CHECKS)
         return sorted(
             self._findings.values(),
@@ -56,7 +56,7 @@ class Report:
         return sum(finding.severity == severity for finding in self.findings)
 
     def format(self, num_places: int = 3) -> str:
-        """Text for a terminal.
+        """Format the report for a terminal.
 
         Args:
             num_places: Places to print for each finding.
@@ -82,7 +82,7 @@ class Report:
         return '\n'.join([*lines, '', summary or 'no findings'])
 
     def as_dict(self) -> dict:
-        """Everything, for JSON; here with all places."""
+        """Return the whole report, with all places, for JSON."""
         findings = [
             dict(
                 check=finding.check,

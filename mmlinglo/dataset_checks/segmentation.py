@@ -1,9 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Label images of semantic segmentation.
+"""Check label images of semantic segmentation.
 
-mmseg reads them as 8-bit numbers; with ``reduce_zero_label`` 0 becomes 255 and all others but
-255 one less. Losses and metrics skip ``ignore_index``, 255 by default, and the loss accepts no
-other number outside the classes.
+mmseg reads them as 8-bit numbers. With ``reduce_zero_label``, 0 becomes 255, 255 stays, and all
+other numbers decrease by one. Losses and metrics skip ``ignore_index``, 255 by default. The loss
+accepts no other number outside the classes.
 """
 
 import os.path as osp
@@ -33,7 +33,7 @@ IGNORED = 255  # mmseg's default, and what reduce_zero_label writes
 
 
 class Pair(NamedTuple):
-    """A sample of mmseg, its picture, and what decodes its label image."""
+    """A sample of mmseg, its image, and the backend that decodes its label image."""
 
     sample: dict
     picture: Picture
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a label image holds: numbers and how many pixels have each."""
+    """The numbers in a label image, and how many pixels have each."""
 
     path: str
     counts: Dict[int, int]
@@ -51,10 +51,10 @@ class Reading(NamedTuple):
     """How numbers in the label images become classes.
 
     Attributes:
-        num_classes: Classes that the label images know.
+        num_classes: Number of classes in the label images.
         reduce_zero_label: As mmseg's.
-        label_map: Class of the label images to class of the model, if the config has chosen
-            some of them.
+        label_map: Maps classes of the label images to classes of the model, if the config
+            selects some of them.
         ignore_index: Number that losses skip.
     """
 
@@ -64,7 +64,7 @@ class Reading(NamedTuple):
     ignore_index: int
 
     def class_of(self, number: int) -> Optional[int]:
-        """Class of a number in a label image, ``ignore_index``, or None if it is neither."""
+        """Map a number in a label image to its class, to ``ignore_index``, or to None if it is neither."""
         if number > 255:
             return None
         if self.reduce_zero_label:
@@ -91,12 +91,11 @@ def check(cfg: Config, splits: List[Split], opener: Opener) -> None:
         check_inputs(cfg, split, {shape: sample for _, _, (shape, sample) in results if shape})
     seen = {n for several in opened.values() for labels in several for n in labels.counts}
     for split in splits:
-        if split.classes and opened[split.name]:
-            check_labels(split, opened[split.name], seen, ignore_index)
+        check_labels(split, opened[split.name], seen, ignore_index)
 
 
 def check_agreement(cfg: Config, splits: List[Split]) -> int:
-    """All places agree on whether label 0 is dropped, and on the label that training ignores.
+    """Check that all places agree on dropping label 0, and on the label that training ignores.
 
     Returns:
         The ignored label.
@@ -127,7 +126,7 @@ def check_agreement(cfg: Config, splits: List[Split]) -> int:
 
 
 def find_pairs(split: Split) -> List[Pair]:
-    """Pictures with their label images; what is missing is reported."""
+    """Find the images with their label images, and report what is missing."""
     dataset = split.dataset
     folders = [split.prefix('img_path'), dataset.data_prefix.get('seg_map_path')]
     missing = [folder for folder in folders if folder is not None and not osp.isdir(folder)]
@@ -167,15 +166,15 @@ def find_pairs(split: Split) -> List[Pair]:
 def inspect_pair(
     pair: Pair,
 ) -> Tuple[List[Problem], Optional[Labels], Tuple[Optional[Shape], dict]]:
-    """Open a picture and its label image.
+    """Open an image and its label image.
 
     Returns:
-        What is wrong with them; what the label image holds, None if it cannot be read; the size
-        of the picture, None if something is wrong, and the sample.
+        What is wrong with them; the content of the label image, None if it cannot be read; and
+        the size of the image, None if something is wrong, with the sample.
     """
     problems, shape = decode(pair.picture)
     path = pair.sample['seg_map_path']
-    image, reason = None, 'no picture'
+    image, reason = None, 'not an image'
     try:
         image = mmcv.imfrombytes(Path(path).read_bytes(), flag='unchanged', backend=pair.backend)
     except Exception as error:  # whatever the backend raises for a damaged file
@@ -195,12 +194,12 @@ def inspect_pair(
 
 
 def check_inputs(cfg: Config, split: Split, samples: Dict[Shape, dict]) -> None:
-    """What the network gets: pictures of one size in a batch, none smaller than the window.
+    """Check the network's inputs: one size per batch, and no image smaller than the sliding window.
 
     Args:
         cfg: The experiment.
         split: Data set.
-        samples: One sample for each size of its pictures.
+        samples: One sample for each image size.
     """
     if split.training:
         sizes = [split.transformed_size(sample) for sample in list(samples.values())[:1]]
@@ -210,14 +209,15 @@ def check_inputs(cfg: Config, split: Split, samples: Dict[Shape, dict]) -> None:
         return
     test_cfg = cfg.model.get('test_cfg') or {}
     crop, stride = test_cfg.get('crop_size'), test_cfg.get('stride')
-    slide = test_cfg.get('mode') == 'slide'
-    if slide:
+    if test_cfg.get('mode') == 'slide':
         pairs = [isinstance(v, (list, tuple)) and len(v) == 2 for v in (crop, stride)]
         if not all(pairs) or stride[0] > crop[0] or stride[1] > crop[1]:
             split.add('slide-window', f'model.test_cfg: crop_size = {crop}, stride = {stride}')
-            slide = False
+            crop = None
+    else:
+        crop = None
     batch_size = split.loader.get('batch_size', 1)
-    if not slide and batch_size == 1:
+    if crop is None and batch_size == 1:
         return
     results: Dict[Shape, dict] = {}
     for sample in samples.values():
@@ -228,20 +228,22 @@ def check_inputs(cfg: Config, split: Split, samples: Dict[Shape, dict]) -> None:
     if batch_size > 1 and len(results) > 1:
         split.add('batch-shapes', f'batch_size = {batch_size}, {places[0]}, {places[1]}')
     for shape, place in zip(results, places):
-        if slide and (shape[0] < crop[0] or shape[1] < crop[1]):
+        if crop is not None and (shape[0] < crop[0] or shape[1] < crop[1]):
             split.add('slide-small', f'{place}, crop_size {size(crop)}')
 
 
 def check_labels(split: Split, opened: List[Labels], seen: Set[int], ignore_index: int) -> None:
-    """Numbers in the label images against the classes.
+    """Compare the numbers in the label images with the classes.
 
     Args:
         split: Data set.
         opened: Its label images.
-        seen: Numbers in the label images of all data sets of the experiment: a number that is
-            rare must not look like one that is not used.
+        seen: Numbers in the label images of all data sets of the experiment, so that a rare
+            number does not look unused.
         ignore_index: Number that training skips.
     """
+    if not split.classes or not opened:
+        return
     dataset = split.dataset
     known = dataset.METAINFO['classes'] if dataset.label_map else split.classes
     classes, reduced = len(known), bool(dataset.reduce_zero_label)
@@ -258,8 +260,8 @@ def check_labels(split: Split, opened: List[Labels], seen: Set[int], ignore_inde
         split.add('zero-label-kept', f'{with_largest[0].path}: {facts}')
     with_zero = [labels for labels in opened if 0 in labels.counts]
     if reduced and with_zero and 0 < largest == classes - 1:
-        share = sum(labels.counts[0] for labels in with_zero)
-        share /= sum(sum(labels.counts.values()) for labels in opened)
+        zeros = sum(labels.counts[0] for labels in with_zero)
+        share = zeros / sum(sum(labels.counts.values()) for labels in opened)
         facts = f'numbers 0 to {largest}, {classes} classes, 0 in {share:.0%} of pixels'
         split.add('zero-label-dropped', f'{with_zero[0].path}: {facts}')
     total: Counter = Counter()

@@ -21,11 +21,11 @@ class Split:
         loader: Settings of its data loader.
         cfg: Settings of the data set, without wrappers such as RepeatDataset.
         evaluators: Settings of the metrics that use it, with their names in the config.
-        dataset: The data set: its paths are joined, no annotations are loaded.
-        classes: Names of its classes; None as long as they are unknown.
-        report: Findings go here.
-        num_samples: How many samples training or evaluation gets out of it; None if unknown.
-        input_size: Height and width in pixels that the network gets of it; None if unknown.
+        dataset: The data set. Its paths are complete, but it has loaded no annotations.
+        classes: Names of its classes; None while they are unknown.
+        report: Report that gets the findings.
+        num_samples: Number of samples that training or evaluation gets; None if unknown.
+        input_size: Height and width in pixels of the network's inputs; None if unknown.
     """
 
     name: str
@@ -47,26 +47,26 @@ class Split:
         self.report.add(check, self.name, place)
 
     def count(self, **numbers: int) -> None:
-        """Note how much there is of what, for the head of the report."""
+        """Note numbers, such as those of images and boxes, for the head of the report."""
         self.report.datasets[self.name].update(numbers, classes=len(self.classes or ()))
 
     def step(self, name: str) -> dict:
-        """Settings of the first step of the pipeline of this type; {} without one."""
+        """Settings of the first pipeline step of this type; {} if there is none."""
         steps = [step for step in self.cfg.get('pipeline', []) if isinstance(step, dict)]
         return next((step for step in steps if type_name(step['type']) == name), {})
 
     def prefix(self, key: str) -> Optional[str]:
-        """The folder of the pictures; None, and a finding, if ``data_prefix`` does not name it."""
+        """The folder of the images. If ``data_prefix`` does not name it, report this and return None."""
         folder = self.dataset.data_prefix.get(key)
         if folder is None:
             self.add('data-prefix', f'data_prefix = {self.cfg.get("data_prefix")} has no {key!r}')
         return folder
 
     def load(self, check: str) -> Optional[List[dict]]:
-        """Samples of the data set; None, and a finding, if it cannot load them."""
+        """Load the samples of the data set. If this fails, report it and return None."""
         try:
             samples = self.dataset.load_data_list()
-        except Exception as error:  # whatever it raises for missing or broken files
+        except Exception as error:  # missing or broken files can raise anything
             self.add(check, first_line(error))
             return None
         self.num_samples = len(samples)
@@ -76,17 +76,17 @@ class Split:
         """Height and width of a sample after the pipeline; None if the pipeline fails."""
         try:
             return tuple(Compose(self.cfg['pipeline'])(copy.deepcopy(sample))['inputs'].shape[-2:])
-        except Exception:  # whatever a step raises for a damaged file, which is found elsewhere
+        except Exception:  # a damaged file can raise anything; another check reports it
             return None
 
 
 def type_name(value: Any) -> str:
-    """Name of a ``type`` in a config, which is a class or a text with or without a scope."""
+    """Name of a ``type`` in a config: a class, or a text with or without a scope."""
     return value.split('.')[-1] if isinstance(value, str) else value.__name__
 
 
 def find_splits(cfg: Config, report: Report) -> List[Split]:
-    """Open the data sets of an experiment; those that cannot be opened are reported."""
+    """Open the data sets of an experiment, and report those that cannot be opened."""
     groups = [[name] for name in ('train', 'val', 'test') if cfg.get(f'{name}_dataloader')]
     if groups[-2:] == [['val'], ['test']]:
         if cfg.val_dataloader.dataset == cfg.test_dataloader.dataset:
@@ -99,10 +99,12 @@ def find_splits(cfg: Config, report: Report) -> List[Split]:
             name = ', '.join(group) + (f' {i}' if len(leaves) > 1 else '')
             try:
                 dataset = DATASETS.build(dict(leaf, pipeline=[], lazy_init=True))
-            except Exception as error:  # whatever the data set's constructor raises
+            except Exception as error:  # the data set's constructor can raise anything
                 report.add('dataset-unbuildable', name, f'{leaf.get("type")}: {first_line(error)}')
                 continue
-            if hasattr(dataset, 'download'):  # CIFAR10 and others fetch themselves on loading
+            if hasattr(
+                dataset, 'download'
+            ):  # CIFAR10 and others download themselves when they load
                 dataset.download = False
             report.datasets[name] = dict(type=type(dataset).__name__)
             evaluators = [item for key in group for item in _evaluators(cfg, f'{key}_evaluator')]

@@ -15,11 +15,10 @@ from mmlinglo.utils.files import complete_file
 class AverageBuffersHook(Hook):
     """Average floating-point buffers, such as batch-norm statistics, over the processes.
 
-    For processes without GPUs, where torch's SyncBatchNorm does not work. It
-    acts after every training iteration, unlike mmengine's ``SyncBuffersHook``,
-    so that a checkpoint of an iteration-based schedule, which only rank 0
-    writes, holds the statistics of all ranks. The buffers of LinGlo-b0 are
-    0.5 MB, a thirtieth of its gradients.
+    Use it for processes without GPUs, where torch's SyncBatchNorm does not work. Unlike
+    mmengine's ``SyncBuffersHook``, it averages after every training iteration. Only rank 0
+    writes checkpoints, so this gives the checkpoints of an iteration-based schedule the
+    statistics of all ranks. The buffers of LinGlo-b0 have 0.5 MB, a thirtieth of its gradients.
     """
 
     priority = 'NORMAL'  # before the checkpoint hook
@@ -38,10 +37,10 @@ class AverageBuffersHook(Hook):
 
 @HOOKS.register_module()
 class MainProcessLoggerHook(LoggerHook):
-    """mmengine's ``LoggerHook``, with files that one process writes, and whole.
+    """mmengine's ``LoggerHook``, but only the main process writes files, and it writes them completely.
 
-    mmengine's writes the metrics of a test, and copies its logs to ``out_dir``,
-    in all processes at once, which can leave a JSON file that is none.
+    In mmengine's hook, all processes write the metrics of a test and copy the logs to ``out_dir``
+    at once. This can leave an invalid JSON file.
     """
 
     def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:  # noqa: ARG002

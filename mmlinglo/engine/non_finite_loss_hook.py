@@ -21,35 +21,32 @@ NEVER = torch.iinfo(torch.int64).max
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Let no training go on with a loss that is NaN or infinite, and save no such weights.
+    """Stop a training whose loss is NaN or infinite, or skip such steps. Never save such weights.
 
-    With ``action='stop'`` the training ends. Every loss counts, also between
-    the checks; only looking at the result waits for the GPU, and happens every
-    ``interval`` iterations and before each checkpoint. On the CPU it happens
-    in every iteration.
+    ``action='stop'`` ends the training. The hook records every loss. To read the record, it must
+    wait for the GPU, so it does this only every ``interval`` iterations and before each
+    checkpoint. On the CPU, it does this in every iteration.
 
-    With ``action='skip'`` an optimizer step whose gradients are not finite is
-    left out, momentum and weight decay included; buffers, such as batch-norm
-    statistics, that became non-finite return to what they were. Gradients are
-    the same on all ranks, so all of them leave out the same steps. With
-    gradient accumulation, one such loss spoils the step of all that were
-    accumulated with it. This waits for the GPU in every iteration. With mixed
-    precision, torch's gradient scaler leaves out such steps anyway; those
-    whose loss is finite are not counted.
+    ``action='skip'`` skips an optimizer step if its gradients are not finite, including momentum
+    and weight decay. Buffers that became non-finite, such as batch-norm statistics, get their
+    earlier values back. Gradients are the same on all ranks, so all ranks skip the same steps.
+    With gradient accumulation, one such loss spoils the whole accumulated step. This action waits
+    for the GPU in every iteration. With mixed precision, torch's gradient scaler skips such steps
+    anyway. The hook does not count those whose loss is finite.
 
-    Either way no checkpoint, the best one included, is written whose
-    parameters are not finite or whose buffers hold NaN.
+    With either action, the hook refuses to save a checkpoint, also the best one, whose parameters
+    are not finite or whose buffers hold NaN.
 
     Args:
         action: ``'stop'`` or ``'skip'``.
         interval: Iterations between the checks of ``action='stop'`` on a GPU.
-        max_skips: ``action='skip'`` ends the training if more than so many
-            steps in a row had to be left out.
+        max_skips: ``action='skip'`` ends the training after more than this number of skipped
+            steps in a row.
 
     Raises:
         ValueError: If ``action`` is another word.
-        TrainingError: While training, with the iteration, the learning rate
-            and the last checkpoint.
+        TrainingError: While training. The message names the iteration, the learning rate and the
+            last checkpoint.
     """
 
     priority = 'ABOVE_NORMAL'  # before AverageBuffersHook spreads and CheckpointHook saves
@@ -66,7 +63,7 @@ class NonFiniteLossHook(Hook):
         self._buffers: List[Tensor] = []  # as before the iteration
 
     def state_dict(self) -> dict:
-        """The steps in a row that were left out, for a run that is resumed."""
+        """Return the number of steps skipped in a row, for a resumed run."""
         return dict(skips=self._skips)
 
     def load_state_dict(self, state: dict) -> None:
@@ -74,7 +71,7 @@ class NonFiniteLossHook(Hook):
         self._skips = state['skips']
 
     def before_train(self, runner: Runner) -> None:
-        """Watch the optimizer's steps, if they are to be skipped."""
+        """For ``action='skip'``, watch the optimizer's steps."""
         if self.action == 'skip':
             for optimizer in _optimizers(runner):
                 optimizer.register_step_pre_hook(self._leave_out_non_finite)
@@ -109,14 +106,14 @@ class NonFiniteLossHook(Hook):
             self._check(runner, outputs)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse to save what is not finite."""
+        """Refuse to save weights that are not finite."""
         self._check(runner)
         parameters = {name for name, _ in runner.model.named_parameters()}
         parameters |= {name[len('module.') :] for name in parameters if name.startswith('module.')}
         for name, value in checkpoint['state_dict'].items():
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            # some models have buffers that are infinite for a reason, such as attention masks
+            # some models have buffers that are infinite on purpose, such as attention masks
             wrong = ~value.isfinite() if name in parameters else value.isnan()
             if wrong.any():
                 raise TrainingError(
@@ -133,10 +130,10 @@ class NonFiniteLossHook(Hook):
             )
 
     def _leave_out_non_finite(self, optimizer: Optimizer, *_: object) -> None:
-        """Before a step: drop the gradients if they are not finite, which leaves nothing to do."""
+        """Before a step, drop the gradients if they are not finite, so that the step changes nothing."""
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group['params'] if p.grad is not None]
-        # the norm of all of them; without a limit nothing is clipped
+        # computes the norm of all gradients; without a limit, it clips nothing
         if clip_grad_norm_(parameters, max_norm=inf).isfinite():
             self._skips = 0
         else:
@@ -145,7 +142,7 @@ class NonFiniteLossHook(Hook):
 
     def _after_step(self, runner: Runner, outputs: dict) -> None:
         left_out, self._step_left_out = self._step_left_out, False
-        # torch's gradient scaler leaves out a step by itself, before the optimizer sees it
+        # torch's gradient scaler skips a step by itself, before the optimizer sees it
         if not left_out and outputs['loss'].isfinite().all():
             return
         for buffer, before in zip(_float_buffers(runner), self._buffers):
@@ -156,7 +153,7 @@ class NonFiniteLossHook(Hook):
         )
         if self._skips > self.max_skips:
             raise TrainingError(f'{message}: more than {self.max_skips} such steps in a row')
-        runner.logger.warning(f'{message}: this step is left out')
+        runner.logger.warning(f'{message}: this step is skipped')
 
 
 def _optimizers(runner: Runner) -> List[Optimizer]:
@@ -170,14 +167,14 @@ def _float_buffers(runner: Runner) -> Iterator[Tensor]:
 
 
 def _describe(outputs: Optional[dict], otherwise: str) -> str:
-    """The losses that are not finite, if they are at hand."""
+    """Name the losses that are not finite, if they are known."""
     losses = {k: v for k, v in (outputs or {}).items() if isinstance(v, Tensor)}
     wrong = [f'{k} is {v.item()}' for k, v in losses.items() if v.numel() == 1 and not v.isfinite()]
     return ', '.join(wrong) or otherwise
 
 
 def _where(runner: Runner, iteration: int) -> str:
-    """Iteration, learning rate and last checkpoint."""
+    """Name the iteration, the learning rate and the last checkpoint."""
     rates = ', '.join(f'{name} {v[0]:.3g}' for name, v in runner.optim_wrapper.get_lr().items())
     pointer = Path(runner.work_dir, 'last_checkpoint')
     last = pointer.read_text() if pointer.is_file() else 'none'

@@ -56,7 +56,7 @@ class NamingPipeline:
             ) from error
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'pipeline':  # not there yet while a data worker unpickles this
+        if name == 'pipeline':  # does not exist yet while a data worker unpickles this object
             raise AttributeError(name)
         return getattr(self.pipeline, name)
 

@@ -22,9 +22,9 @@ from mmlinglo.registry import HOOKS
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Say what runs where before it does and what it left afterwards, and draw a bar for evaluations.
+    """Log what runs on which device, and where its files are, and draw a progress bar for evaluations.
 
-    The bar is for terminals only, and on standard error.
+    The bar appears only in terminals, on standard error.
     """
 
     priority = 'VERY_LOW'
@@ -40,7 +40,7 @@ class ProgressHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Log the paths of what the training wrote."""
         runner.logger.info(
-            f'checkpoints in {runner.work_dir}, log in {Path(runner.log_dir).name}/ in it'
+            f'checkpoints in {runner.work_dir}, log in {Path(runner.log_dir).name}/ there'
         )
 
     def before_test(self, runner: Runner) -> None:
@@ -96,7 +96,7 @@ class ProgressHook(Hook):
 
 
 def describe(runner: Runner) -> str:
-    """Name of the model, its parameters, and where it runs."""
+    """Describe the model, its number of parameters, and where it runs."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     backbone = getattr(model, 'backbone', None)

@@ -17,35 +17,29 @@ from mmlinglo.registry import HOOKS
 class ReseedHook(Hook):
     """Make a resumed training equal to an uninterrupted one.
 
-    A checkpoint of mmengine holds weights, optimizer, schedulers, counters and
-    the seed, but no state of a random generator. Drop path and augmentations
-    of a resumed run therefore start over with the random numbers of the first
-    epoch, and without a seed in the config the data are shuffled by a new
-    one. This hook makes the random numbers a function of the seed and of the
-    position in the training. It seeds Python, numpy and torch
+    mmengine's checkpoints hold the weights, optimizer, schedulers, counters and seed, but no
+    state of a random generator. So drop path and augmentations of a resumed run start over with
+    the random numbers of the first epoch. Without a seed in the config, a new seed shuffles the
+    data. This hook makes the random numbers depend only on the seed and on the position in the
+    training. It seeds Python, numpy and torch
 
-    - in the training process, wherever a run can be resumed: at each epoch of
-      an epoch-based schedule, and at each iteration at which an
-      iteration-based one writes its regular checkpoint;
-    - where data are loaded, at each batch, from the number of the batch. Data
-      workers live on through all epochs with ``persistent_workers``, and their
-      number does not matter.
+    - in the training process, wherever you can resume a run: at each epoch of an epoch-based
+      schedule, and at each iteration at which an iteration-based schedule writes its regular
+      checkpoint;
+    - where data are loaded, at each batch, by the number of the batch. The number of data workers
+      does not matter, nor that they survive all epochs with ``persistent_workers``.
 
-    What is reproduced, bitwise where the operations themselves are
-    deterministic (float32 on the CPU is): the weights, the loss curve and
-    the order and augmentation of the data, whether ``randomness.seed`` was set
-    or drawn by mmengine, if the run is resumed from a regular checkpoint with
-    the same config and number of processes.
+    The hook reproduces the weights, the loss curve, and the order and augmentation of the data.
+    They are equal bit by bit where the operations are deterministic (float32 on the CPU is). It
+    does not matter whether you set ``randomness.seed`` or mmengine drew it. Resume from a regular
+    checkpoint, with the same config and number of processes.
 
-    What is not:
+    The hook does not reproduce:
 
-    - A run resumed from an iteration that is not a multiple of the checkpoint
-      interval, or from a checkpoint in the middle of an epoch: mmengine
-      starts that epoch over.
-    - Data of an ``IterableDataset``, and of loaders without batches
-      (``batch_size=None``).
-    - A validation that was interrupted, without ``SafeCheckpointHook``, which
-      repeats it: mmengine goes on after it.
+    - A run resumed from an iteration that is not a multiple of the checkpoint interval, or from a
+      checkpoint in the middle of an epoch: mmengine starts that epoch over.
+    - Data of an ``IterableDataset``, and of loaders without batches (``batch_size=None``).
+    - An interrupted validation: mmengine continues after it. ``SafeCheckpointHook`` repeats it.
     - GPU kernels that are not deterministic (see ``randomness.deterministic``).
     """
 
@@ -56,7 +50,7 @@ class ReseedHook(Hook):
         self._batches: Optional[_SeededBatches] = None
 
     def before_train(self, runner: Runner) -> None:
-        """Let the data be loaded with a seed for each batch."""
+        """Make the data loader use a seed for each batch."""
         loader = runner.train_loop.dataloader
         if loader.batch_sampler is None:
             return
@@ -66,7 +60,7 @@ class ReseedHook(Hook):
         if not isinstance(loader.dataset, IterableDataset):
             loader.dataset.__getitems__ = _SeededItems(loader.dataset)
         if loader.generator is None:
-            # from which an iterator draws when it is made, which persistent workers avoid
+            # a new iterator draws from it; with persistent workers, there is no new iterator
             loader.generator = torch.Generator()
         loader._iterator = None  # workers that were started before
         _set_sampler_seed(runner, loader)
@@ -82,10 +76,10 @@ class ReseedHook(Hook):
         self._seed(runner, runner.iter)
         if self._batches is not None:
             iterator = loop.dataloader_iterator
-            # Else mmengine loads and drops all batches up to this one, which counts them.
+            # Otherwise mmengine loads and drops all batches up to this one, which counts them.
             skips = hasattr(iterator, 'skip_iter') and hasattr(loop.dataloader.sampler, 'skip')
             self._batches.seek(runner.seed, 0, runner.iter if skips else 0)
-            if iterator._iterator is not None:  # the original mmengine has begun to load already
+            if iterator._iterator is not None:  # the original mmengine has already started to load
                 sampler = loop.dataloader.sampler
                 if hasattr(sampler, '_indices_of_rank'):
                     sampler.indices = sampler._indices_of_rank()
@@ -98,12 +92,12 @@ class ReseedHook(Hook):
         data_batch: Optional[dict] = None,  # noqa: ARG002
         outputs: Optional[dict] = None,  # noqa: ARG002
     ) -> None:
-        """Seed where an iteration-based run can be resumed."""
+        """Seed wherever an iteration-based run can be resumed."""
         if not isinstance(runner.train_loop, EpochBasedTrainLoop) and self._is_saved_now(runner):
             self._seed(runner, runner.iter + 1)
 
     def after_val(self, runner: Runner) -> None:
-        """Seed again: a resumed run does not repeat the validation behind the checkpoint."""
+        """Seed again, because a resumed run does not repeat the validation after the checkpoint."""
         if not isinstance(runner.train_loop, EpochBasedTrainLoop) and self._step == runner.iter:
             self._seed(runner, runner.iter)
 
@@ -121,16 +115,16 @@ class ReseedHook(Hook):
 
 
 class _SeededBatch(list):
-    """Indices of a batch, and the seed to load it with."""
+    """Indices of a batch, with the seed for loading it."""
 
     seed: int
 
 
 class _SeededBatches:
-    """A batch sampler that gives each batch a seed, by its number.
+    """A batch sampler that gives each batch a seed that depends on its number.
 
     Args:
-        batch_sampler: The sampler, which is asked for all else.
+        batch_sampler: The sampler to wrap. It provides all other attributes.
     """
 
     def __init__(self, batch_sampler: BatchSampler) -> None:
@@ -139,7 +133,7 @@ class _SeededBatches:
         self.number = 0
 
     def seek(self, seed: int, epoch: int, number: int = 0) -> None:
-        """Give the next batch the seed of a batch of an epoch."""
+        """Continue with the seed of batch ``number`` of an epoch."""
         self.position, self.number = (seed, epoch, get_rank()), number
 
     def __iter__(self) -> Iterator[List[int]]:
@@ -153,13 +147,13 @@ class _SeededBatches:
         return len(self.batch_sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'batch_sampler':  # not there yet while this is unpickled
+        if name == 'batch_sampler':  # does not exist yet while this object is unpickled
             raise AttributeError(name)
         return getattr(self.batch_sampler, name)
 
 
 class _SeededItems:
-    """What DataLoader calls for the samples of a batch, in place of ``dataset[index]`` for each.
+    """DataLoader calls this for the samples of a batch, in place of ``dataset[index]`` for each.
 
     Args:
         dataset: The data set.
@@ -174,7 +168,7 @@ class _SeededItems:
             if isinstance(batch, _SeededBatch):
                 random.seed(batch.seed)
                 np.random.seed(batch.seed)
-                torch.default_generator.manual_seed(batch.seed)  # none of a GPU's
+                torch.default_generator.manual_seed(batch.seed)  # not the generators of GPUs
             if self.get_items is not None:
                 return self.get_items(list(batch))
             return [self.dataset[index] for index in batch]
@@ -182,7 +176,7 @@ class _SeededItems:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Leave the training's generators as they were; in a data worker, which has its own, do nothing."""
+    """Restore the training's generators afterwards. A data worker has its own, so do nothing there."""
     if get_worker_info() is not None:
         yield
         return
@@ -196,14 +190,14 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _mix(*numbers: int) -> int:
-    """A seed; sums would give neighbours the same random numbers."""
+    """Make one seed of several numbers. With sums, neighbours would share random numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def _set_sampler_seed(runner: Runner, dataloader: DataLoader) -> None:
-    """Shuffle with the seed of the first run, which resuming restores too late for the sampler."""
+    """Shuffle with the seed of the first run. Resuming restores it too late for the sampler."""
     if runner._randomness_cfg.get('diff_rank_seed'):
-        return  # the runner's seed is this rank's own; the ranks must shuffle alike
+        return  # the runner's seed belongs to this rank only, but all ranks must shuffle alike
     sampler = getattr(dataloader.batch_sampler, 'sampler', dataloader.sampler)
     if getattr(sampler, 'seed', None) is not None:
         sampler.seed = runner.seed

@@ -15,20 +15,20 @@ WARM_UPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
 
 
 class TrainingRunner(Runner):
-    """mmengine's Runner, strict about what it resumes and tolerant of short trainings.
+    """mmengine's Runner, with strict resuming and schedules that fit short trainings.
 
-    - Resuming refuses checkpoints of another model, or of an optimizer with
-      other groups of parameters, before anything is loaded.
-    - A training shorter than its learning rate schedule runs the whole schedule
-      in its time: see :func:`fit_schedulers`.
-    - ``auto_scale_lr`` counts the batches of ``accumulative_counts`` as one.
+    - It refuses to resume from a checkpoint of another model, or of an optimizer with other
+      parameter groups, before it loads anything.
+    - If a training is shorter than its learning rate schedule, it shortens the schedule: see
+      :func:`fit_schedulers`.
+    - ``auto_scale_lr`` counts the batches of ``accumulative_counts`` as one batch.
     """
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
-        """Load a checkpoint, if the run can go on from it.
+        """Load a checkpoint. If the run resumes, check first that it can continue from it.
 
         Raises:
-            CheckpointError: If it is to be resumed and is of another training.
+            CheckpointError: If the run resumes, and the checkpoint is of another training.
         """
         if self._resume:
             checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu')
@@ -73,15 +73,15 @@ class TrainingRunner(Runner):
 def fit_schedulers(schedulers: List[dict], lengths: Dict[bool, int]) -> List[dict]:
     """Fit parameter schedulers to a training that is shorter than they are.
 
-    A warm-up that would not end before the training is shortened to a tenth of
-    it. Schedulers that would end later end with it, their milestones and
-    periods in proportion. Those that would begin after it are left out. Each
-    change is a warning in the log; a long enough training changes nothing.
+    A warm-up that would not end before the training does gets a tenth of the training. Schedulers
+    that would end later end with the training, and their milestones and periods shrink in
+    proportion. Schedulers that would begin after the training are left out. The log gets a warning
+    for each change. If the training is long enough, nothing changes.
 
     Args:
-        schedulers: Configs of the schedulers; not changed.
-        lengths: Length of the training in epochs (key True) and in iterations
-            (False). Schedulers in a unit that is not there stay as they are.
+        schedulers: Configs of the schedulers. They are not changed.
+        lengths: Length of the training in epochs (key True) and in iterations (key False). If the
+            length in a scheduler's unit is missing, the scheduler stays as it is.
 
     Returns:
         The configs to build.

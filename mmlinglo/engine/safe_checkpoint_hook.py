@@ -20,21 +20,21 @@ from .errors import TrainingError
 
 BACKEND = 'mmlinglo.whole_files'
 PARTIAL = '.partial'  # ends the name of a file that is being written
-REPLACED = 'replaced_best_ckpts'  # best checkpoints before the last validation
+REPLACED = 'replaced_best_ckpts'  # key for the best checkpoints before the last validation
 HOOK_STATES = 'hook_states'  # key in a checkpoint
 LAST = 'last_checkpoint'  # mmengine's file with the name of the latest checkpoint
 
 
 @register_backend(BACKEND)
 class WholeFileBackend(LocalBackend):
-    """Local files that are whole or not there, whenever the process or the machine stops."""
+    """Local files that are complete or absent, whenever the process or the machine stops."""
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write beside ``filepath``, flush to the disk, and only then take its name.
+        """Write a file beside ``filepath``, flush it to the disk, and only then rename it.
 
         Raises:
-            TrainingError: If the disk or the quota is full. ``filepath`` is as
-                it was before, and what was written is removed.
+            TrainingError: If the disk or the quota is full. ``filepath`` is as it was before, and
+                the unfinished file is removed.
         """
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,58 +51,55 @@ class WholeFileBackend(LocalBackend):
                 raise
             free = shutil.disk_usage(path.parent).free
             raise TrainingError(
-                f'{path.name} needs {_megabytes(len(obj))}, of which {path.parent} has '
-                f'{_megabytes(free)} free ({error.strerror}); the checkpoints before it are whole'
+                f'{path.name} needs {_megabytes(len(obj))}, but {path.parent} has only '
+                f'{_megabytes(free)} free ({error.strerror}); earlier checkpoints are complete'
             ) from error
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name itself
+            os.fsync(folder)  # stores the new name too
         finally:
             os.close(folder)
 
 
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook``, with a whole checkpoint on the disk at every moment.
+    """mmengine's ``CheckpointHook``, but there is always a complete checkpoint on the disk.
 
-    mmengine removes the outdated checkpoint before it writes the new one, and
-    writes it under its final name. A process that is killed in between leaves
-    half a checkpoint, with ``max_keep_ckpts=1`` nothing else, and ``resume``
-    fails. This hook
+    mmengine removes the outdated checkpoint before it writes the new one, and writes the new one
+    under its final name. If the process is killed in between, half a checkpoint remains. With
+    ``max_keep_ckpts=1`` nothing else remains, and ``resume`` fails. This hook
 
-    - writes to ``NAME.partial`` and renames it when it is on the disk,
-    - then updates ``last_checkpoint`` likewise, and only then removes what is
-      outdated; so there must be room for one checkpoint more,
-    - saves a new best checkpoint before it removes the one before,
-    - resumes (``resume=True``, ``load_from=None``) from the newest whole
-      checkpoint if ``last_checkpoint`` names none; rank 0 chooses for all,
-    - removes what a killed run left behind when the next one starts:
-      ``*.partial``, and what it had not come to remove,
-    - repeats the validation of the checkpoint that is resumed, since the run
-      may have been killed in it: otherwise its score would never be known and
-      the best checkpoint could be another one. Only if its score is used: with
-      ``save_best``, ``EarlyStoppingHook`` or a scheduler that follows a metric,
-    - saves and resumes the state of ``EarlyStoppingHook`` and of every hook that
-      has the methods ``state_dict()`` and ``load_state_dict(state)``, under the
-      name of its class.
+    - writes to ``NAME.partial``, and renames the file when it is on the disk,
+    - then updates ``last_checkpoint`` in the same way, and only then removes the outdated
+      checkpoint, so the disk needs room for one more checkpoint,
+    - saves a new best checkpoint before it removes the earlier one,
+    - resumes (``resume=True``, ``load_from=None``) from the newest complete checkpoint if
+      ``last_checkpoint`` names none; rank 0 chooses for all ranks,
+    - removes at the next start what a killed run left behind: ``*.partial``, and files that the
+      run was about to remove,
+    - repeats the validation of the resumed checkpoint, because the run may have been killed in
+      it. Otherwise, its score would stay unknown, and another checkpoint could become the best.
+      The hook does this only if something uses the score: ``save_best``, ``EarlyStoppingHook`` or
+      a scheduler that follows a metric,
+    - saves and restores the state of ``EarlyStoppingHook``, and of every hook that has the methods
+      ``state_dict()`` and ``load_state_dict(state)``, under the name of its class.
 
-    Arguments and file names are mmengine's, and the content of the checkpoints
-    with ``hook_states`` besides.
-    Remote ``out_dir``, given ``backend_args`` and the directories that
-    DeepSpeed writes are left to mmengine's own way of writing.
+    The arguments, the file names and the content of the checkpoints are mmengine's. The hook adds
+    only ``hook_states``. It leaves the writing to mmengine for a remote ``out_dir``, with
+    ``backend_args``, and for the directories that DeepSpeed writes.
 
     Raises:
-        TrainingError: While saving, if the disk is full, with the room needed
-            and free; before training, if ``last_checkpoint`` names a missing
-            file and there is no whole checkpoint beside it.
+        TrainingError: While saving, if the disk is full. The message names the needed and the free
+            space. Before training, if ``last_checkpoint`` names a missing file and there is no
+            complete checkpoint beside it.
     """
 
     def before_run(self, runner: Runner) -> None:
-        """Choose what to resume from."""
-        # private, but the same in all releases, and read only after this hook
+        """Choose the checkpoint to resume from."""
+        # private attributes, but the same in all releases; the runner reads them after this hook
         if runner._resume and runner._load_from is None and self._is_local(runner):
             found = [self._find_whole(runner) if is_main_process() else None]
             broadcast_object_list(found)
@@ -112,7 +109,7 @@ class SafeCheckpointHook(CheckpointHook):
                 runner.logger.info(f'No checkpoint in {runner.work_dir} yet: starting anew.')
 
     def before_train(self, runner: Runner) -> None:
-        """Write whole files from here on, and catch up on what a killed run left undone."""
+        """From now on, write complete files. Finish what a killed run left undone."""
         if self._is_local(runner):
             self.backend_args = dict(backend=BACKEND)
         super().before_train(runner)
@@ -149,7 +146,7 @@ class SafeCheckpointHook(CheckpointHook):
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
                 outdated.append(self.keep_ckpt_ids.popleft())
             self.keep_ckpt_ids.append(step)
-            # mmengine removes the first of too many when it resumes, if the next lines do not
+            # if the next lines do not run, mmengine removes the surplus one when it resumes
             runner.message_hub.update_info('keep_ckpt_ids', [*outdated, *self.keep_ckpt_ids])
 
         name = self.filename_tmpl.format(step)
@@ -178,9 +175,9 @@ class SafeCheckpointHook(CheckpointHook):
         if not self.save_best:
             return
         before = self._best_paths()
-        # so that a run that was killed before the removal below does it when it is resumed
+        # if the run is killed before the removal below, the resumed run removes them
         runner.message_hub.update_info(REPLACED, [path for path in before.values() if path])
-        # mmengine removes these first; it has nothing to remove if it does not know them
+        # mmengine would remove these first, so it must not know them
         self._set_best_paths(dict.fromkeys(before))
         super()._save_best_checkpoint(runner, metrics)
         after = self._best_paths()
@@ -191,7 +188,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _best_paths(self) -> Dict[str, Optional[str]]:
         if len(self.key_indicators) == 1:
-            # not by its indicator, which may be 'auto' until the first validation
+            # not under its indicator, which may be 'auto' until the first validation
             return {'': self.best_ckpt_path}
         return dict(self.best_ckpt_path_dict)
 
@@ -203,20 +200,20 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _remove(self, path: str) -> None:
         if osp.dirname(path) != str(self.out_dir).rstrip('/'):
-            return  # of another work dir, a checkpoint of which was resumed here
+            return  # in another work dir, from which this run was resumed
         if self.file_backend.isfile(path):
             self.file_backend.remove(path)
         elif self.file_backend.isdir(path):  # DeepSpeed's
             self.file_backend.rmtree(path)
 
     def _is_local(self, runner: Runner) -> bool:
-        """Whether nothing but local files is asked for."""
+        """Whether the config asks for local files only."""
         if self.backend_args is not None or self.file_client_args is not None:
             return False
         return type(get_file_backend(self.out_dir or runner.work_dir)) is LocalBackend
 
     def _uses_scores(self, runner: Runner) -> bool:
-        """Whether anything follows from the score of a validation."""
+        """Whether anything uses the score of a validation."""
         schedulers = runner.param_schedulers or []
         if isinstance(schedulers, dict):
             schedulers = [each for several in schedulers.values() for each in several]
@@ -227,7 +224,7 @@ class SafeCheckpointHook(CheckpointHook):
         )
 
     def _is_validated_here(self, runner: Runner) -> bool:
-        """Whether a validation follows the epoch or iteration that was resumed."""
+        """Whether a validation follows the resumed epoch or iteration."""
         loop = runner.train_loop
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
         if runner.val_loop is None or by_epoch != self.by_epoch:
@@ -237,11 +234,11 @@ class SafeCheckpointHook(CheckpointHook):
         return now >= loop.val_begin and (now % loop.val_interval == 0 or now == last)
 
     def _find_whole(self, runner: Runner) -> Optional[str]:
-        """The newest whole checkpoint: that of ``last_checkpoint``, unless it is missing or older.
+        """Find the newest complete checkpoint: that of ``last_checkpoint``, unless it is missing or older.
 
         Raises:
-            TrainingError: If ``last_checkpoint`` names a file that is missing
-                or broken and no other one is whole.
+            TrainingError: If ``last_checkpoint`` names a missing or broken file, and no other
+                checkpoint is complete.
         """
         pointer = Path(runner.work_dir, LAST)
         text = pointer.read_text().strip() if pointer.is_file() else ''
@@ -254,33 +251,33 @@ class SafeCheckpointHook(CheckpointHook):
         others = self._whole_checkpoints(folder)
         if named is not None and named.is_file() and zipfile.is_zipfile(named):
             step, time = self._step(named), named.stat().st_mtime
-            # killed between the checkpoint and last_checkpoint; an older run's may have a higher step
+            # for runs killed before last_checkpoint was written; an older run may have a higher step
             others = [p for p in others if self._step(p) > step and p.stat().st_mtime > time]
             found = others[-1] if others else named
         elif others:
             found = others[-1]
             if named is not None:
                 runner.logger.warning(
-                    f'{pointer} names {named}, which is no whole checkpoint: '
-                    f'resuming from {found}, the newest that is'
+                    f'{pointer} names {named}, which is not a complete checkpoint: '
+                    f'resuming from {found}, the newest complete one'
                 )
         elif named is not None:
             raise TrainingError(
-                f'{pointer} names {named}, which is no whole checkpoint, and {folder} has no '
-                f'other one: restore it, or remove {pointer} to start anew'
+                f'{pointer} names {named}, which is not a complete checkpoint, and {folder} has no '
+                f'other one: restore it, or remove {pointer} to start from the beginning'
             )
         else:
             return None
         return str(found)
 
     def _whole_checkpoints(self, folder: Path) -> List[Path]:
-        """Regular checkpoints that torch finished writing, the newest last."""
+        """List the regular checkpoints that torch finished writing, the newest last."""
         # torch.save writes a zip archive, which has its table of contents at its end
         paths = [p for p in folder.glob('*') if self._step(p) >= 0 and zipfile.is_zipfile(p)]
         return sorted(paths, key=lambda p: (p.stat().st_mtime, self._step(p)))
 
     def _step(self, path: Path) -> int:
-        """Epoch or iteration in the name of a regular checkpoint; -1 for other names."""
+        """Read the epoch or iteration from the name of a regular checkpoint. -1 for other names."""
         before, after = (re.escape(part) for part in self.filename_tmpl.split('{}'))
         match = re.fullmatch(rf'{before}(\d+){after}', path.name)
         return int(match.group(1)) if match else -1
@@ -300,7 +297,7 @@ class _EarlyStoppingState:
 
 
 def _stateful_hooks(runner: Runner) -> Iterator[Tuple[str, Any]]:
-    """Names and owners of states; hooks of the same class are numbered."""
+    """List names and owners of states. Several hooks of one class get numbers."""
     counts: Counter = Counter()
     for hook in runner.hooks:
         name = type(hook).__name__

@@ -30,7 +30,7 @@ from .network import ENCODINGS
 from .padding import ImageSizes, forward_unpadded
 
 BATCH_NORM = MappingProxyType(dict(type='BN'))
-PLAIN_LAYERS.add(SyncBatchNorm)  # mmengine's, type='SyncBN'
+PLAIN_LAYERS.append(SyncBatchNorm)  # mmengine's, type='SyncBN'
 
 
 class CheckpointedBlocks(nn.Sequential):

@@ -43,7 +43,7 @@ def describe_preprocessing(cfg: Config) -> Dict[str, str]:
         order, for ``(pixel - mean) / std`` with pixels from 0 to 255.
     """
     settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    channels = cfg.model.backbone.get('in_channels', 3)
+    channels = (cfg.model.get('backbone') or {}).get('in_channels', 3)
     rgb = settings.get('bgr_to_rgb', False) or settings.get('to_rgb', False)
     return dict(
         channel_order='RGB' if rgb else 'BGR',  # OpenMMLab reads files as BGR

@@ -1,28 +1,30 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""LinGlo that starts from the weights of PVTv2 (arXiv 2106.13797) of the same size.
+"""Start a LinGlo from the weights of a PVTv2 (arXiv 2106.13797) of the same size.
 
-Both have the same stem, widths, feed-forward networks and norms. What differs,
-and the value from which each part starts:
+Both networks have the same stem, widths, feed-forward networks and norms. The other
+parts start as follows:
 
-- PVTv2 normalizes a stage's output before the next down-sampling, LinGlo only
-  where it is returned. The norm's weights go into the down-sampling convolution,
-  its division by each position's spread becomes one by the mean spread.
-- PVTv2's depth-wise convolution w, bias b becomes the first of LinGlo's branches:
-  w less the identity that the skip adds. Its batch norm, with statistics from
-  images, undoes itself and adds b. So training mode starts from the same function
-  as evaluation mode, up to how batches differ. The other branches have new kernels
-  and batch norms of weight 0.
-- PVTv2's attention is a weighted mean of values over positions. The keys, of which
-  key-only attention takes the weighted mean, start as PVTv2's values, the saliency
-  as 0 (uniform weights), the values as 1, ``mix`` as the identity, and ``proj`` is
-  PVTv2's.
-- LinGlo's additional blocks repeat the block before them with zero as the last
-  layer of both halves: they are the identity, and have gradients.
+- Down-sampling: PVTv2 normalizes a stage's output before the next down-sampling.
+  LinGlo normalizes only the maps that it returns. So the norm's weights go into the
+  down-sampling convolution. The norm divides by each position's spread; LinGlo
+  divides by the mean spread.
+- Positional encoding: PVTv2's depth-wise convolution, with kernel w and bias b,
+  becomes the first of LinGlo's branches. Its kernel is w minus the identity, which
+  the skip adds. Its batch norm, with statistics from images, cancels its own
+  normalization and adds b. So training mode and evaluation mode start from the same
+  function, up to the differences between batches. The other branches have new
+  kernels, and batch norms with weight 0.
+- Attention: PVTv2's attention is a weighted mean of values over positions. Key-only
+  attention takes a weighted mean of its keys. So the keys start as PVTv2's values,
+  the saliency as 0 (uniform weights), the values as 1, ``mix`` as the identity, and
+  ``proj`` as PVTv2's.
+- Additional blocks: they repeat the block before them, but the last layer of both
+  halves is zero. So they are the identity, and have gradients.
 
-From there attention and down-sampling are fitted, in the order of the network, to
-what PVTv2 computes at the same place for the same images: least squares, with the
-input that the converted layers before give, so that errors are corrected rather
-than added up. PVTv2's queries and spatial reduction are not used otherwise.
+Then a least-squares fit adapts attention and down-sampling, in the order of the
+network, to what PVTv2 computes at the same place for the same images. The input of
+each fit comes from the converted layers before it, so that it corrects errors
+instead of adding them up. PVTv2's queries and spatial reduction have no other use.
 """
 
 import re
@@ -54,7 +56,7 @@ Maps = List[Tensor]  # one tensor for each batch of images
 # LinGlo's depths, and PVTv2's where they differ.
 PVTV2_DEPTHS = {(2, 3, 3, 2): (2, 2, 2, 2), (3, 5, 9, 3): (3, 4, 6, 3)}
 
-# The stem's kernel tells whose names a file has; what leads from these to timm's.
+# The name of the stem's kernel tells which names a file has. The rules turn them into timm's names.
 _TO_TIMM = {
     'patch_embed.proj.weight': [(r'^stages_(\d+)\.', r'stages.\1.')],  # timm, also features_only
     'patch_embed1.proj.weight': [  # github.com/whai362/PVT, which counts stages from 1
@@ -91,21 +93,20 @@ class Conversion(NamedTuple):
 class PVTv2Init:
     """Start a LinGlo from a checkpoint of PVTv2 when a training starts.
 
-    For configs: ``init_cfg=dict(type='mmlinglo.PVTv2Init', checkpoint=..., images=...)``. All weights of the
-    checkpoint's backbone must be there and fit. :func:`convert_pvtv2` says what becomes of them; the numbers go
+    In a config, write ``init_cfg=dict(type='mmlinglo.PVTv2Init', checkpoint=..., images=...)``. The checkpoint must
+    have all weights of the backbone, and they must fit. :func:`convert_pvtv2` explains the conversion. Its results go
     to the log. ``tools/model_converters/pvtv2_to_linglo.py`` does the same once, with the images of the config, and
     writes a file.
 
     Args:
         checkpoint: Path or URL, see :func:`timm_weights`.
-        images: Folder whose pictures, also those in its sub-folders, measure and fit what the two networks do not
-            share, best those of the training. None for noise with the spectrum of photographs, for lack of
-            pictures.
-        num_images: Pictures to use, 2 or more, evenly spread over the sorted names.
-        steps: Gradient steps for each layer that is fitted.
+        images: Folder with images, also in its sub-folders, preferably those of the training. They serve to fit what
+            the two networks do not share. If you have no images, None takes noise with the spectrum of photographs.
+        num_images: Number of images to use, at least 2, evenly spread over the sorted names.
+        steps: Gradient steps for each fitted layer.
 
     Raises:
-        ValueError: If there are too few pictures.
+        ValueError: If there are too few images.
     """
 
     def __init__(
@@ -140,32 +141,34 @@ class PVTv2Init:
         )
         info = f'{type(self).__name__}: {self.checkpoint}'
         if hasattr(linglo, '_params_init_info'):
-            update_init_info(linglo, init_info=info)  # else mmengine reports all of them unchanged
+            update_init_info(
+                linglo, init_info=info
+            )  # otherwise mmengine reports all weights as unchanged
         print_log(
-            f'{info}: {kinds} of {len(origins)} tensors. Difference of the outputs of its stages from those of PVTv2: '
+            f'{info}: {kinds} of {len(origins)} tensors. Difference between the outputs of its stages and those of PVTv2: '
             f'{", ".join(f"{difference:.1%}" for difference in differences)}',
             logger='current',
         )
 
 
 def read_images(folder: Union[str, Path], count: int, size: int = 224) -> Tensor:
-    """Read pictures as classifiers see them in evaluation, normalized with ImageNet's mean and spread.
+    """Read images as classifiers see them in evaluation, normalized with ImageNet's mean and spread.
 
     Args:
-        folder: Pictures, also in sub-folders.
-        count: How many; fewer if there are fewer.
+        folder: Folder with images, also in its sub-folders.
+        count: Number of images to read. If the folder has fewer, all of them.
         size: Height and width in pixels.
 
     Returns:
         Images (B, 3, ``size``, ``size``).
 
     Raises:
-        ValueError: If there are fewer than 2 pictures.
+        ValueError: If there are fewer than 2 images.
     """
     suffixes = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
     paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in suffixes)
     if len(paths) < 2:
-        raise ValueError(f'{str(folder)!r} holds {len(paths)} pictures, at least 2 are needed')
+        raise ValueError(f'{str(folder)!r} holds {len(paths)} images, at least 2 are needed')
     images = []
     for index in np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int):
         image = mmcv.imread(paths[index], channel_order='rgb')
@@ -179,9 +182,9 @@ def read_images(folder: Union[str, Path], count: int, size: int = 224) -> Tensor
 
 
 def make_noise(count: int, size: int = 224) -> Tensor:
-    """Noise (``count``, 3, ``size``, ``size``) whose amplitudes fall with the frequency, as those of photographs do.
+    """Make noise (``count``, 3, ``size``, ``size``) whose amplitudes fall with the frequency, as in photographs.
 
-    The channels have most of it in common. Mean 0 and variance 1, as normalized images have on average.
+    The channels share most of the noise. It has mean 0 and variance 1, as normalized images have on average.
     """
     generator = torch.Generator().manual_seed(0)
     rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
@@ -193,17 +196,17 @@ def make_noise(count: int, size: int = 224) -> Tensor:
 
 
 def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weights]]:
-    """PVTv2's weights under timm's names.
+    """Find PVTv2's weights in a checkpoint, and give them timm's names.
 
     Args:
-        checkpoint: What :func:`mmlinglo.utils.load_checkpoint_file` returned, with
-            the names of timm, mmdet or the PVT repository; bare, or of a classifier
-            or a detector, with a prefix before all names.
+        checkpoint: What :func:`mmlinglo.utils.load_checkpoint_file` returned. The names
+            may be those of timm, mmdet or the PVT repository. The checkpoint may be a bare
+            backbone, or a classifier or detector with a prefix before all names.
         source: Name for the error message.
 
     Returns:
-        The backbone's weights; and ``weight`` (classes, C) and ``bias`` (classes,)
-        of the classifier's linear layer, or None if there is none.
+        The backbone's weights; and the ``weight`` (classes, C) and ``bias`` (classes,)
+        of the classifier's linear layer, or None if there is no such layer.
 
     Raises:
         CheckpointError: If there is no PVTv2 in the file.
@@ -245,15 +248,15 @@ def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weigh
 
 
 def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
-    """timm's PVTv2 of a LinGlo's size, without a classifier, in evaluation mode.
+    """Build timm's PVTv2 of a LinGlo's size, without a classifier, in evaluation mode.
 
     Args:
-        weights: Of the backbone, from :func:`timm_weights`.
-        arch: :attr:`LinGlo.arch`. The depths are :data:`PVTV2_DEPTHS`, or LinGlo's.
+        weights: Weights of the backbone, from :func:`timm_weights`.
+        arch: :attr:`LinGlo.arch`. The depths come from :data:`PVTV2_DEPTHS`, else from LinGlo.
         source: Name for the error message.
 
     Raises:
-        CheckpointError: If the weights are those of another size or model.
+        CheckpointError: If the weights are of another size or model.
     """
     try:
         from timm.models.pvt_v2 import PyramidVisionTransformerV2  # needed here only
@@ -286,22 +289,22 @@ def convert_pvtv2(
     """Give a LinGlo the initial values that this module describes, in place.
 
     Args:
-        pvtv2: From :func:`load_pvtv2`.
-        linglo: The backbone, initialized; in evaluation mode afterwards.
-        images: Batches (B, 3, H, W), normalized as for training, at least 2. The
-            last fifth of them, at least one, is not fitted to.
-        steps: Gradient steps, on a batch each, for each fitted layer; 0 to leave
-            them as they start.
+        pvtv2: The network from :func:`load_pvtv2`.
+        linglo: The initialized backbone. Afterwards it is in evaluation mode.
+        images: At least 2 batches (B, 3, H, W), normalized as for training. The fits do
+            not use the last fifth of them, at least one batch.
+        steps: Gradient steps for each fitted layer, on one batch each. 0 fits nothing.
 
     Returns:
         For each tensor of ``linglo``: ``'taken'`` from PVTv2 as it is, ``'derived'``
         from PVTv2's tensors, ``'repeated'`` in an additional block, or ``'new'``.
-        For each stage: how far its output, normalized by PVTv2's norm, is from
-        PVTv2's, as the ratio of root mean squares, on the images not fitted to.
+        For each stage: the difference between its output, normalized by PVTv2's norm,
+        and PVTv2's output, as a ratio of root mean squares, on the images that the fits
+        did not use.
 
     Raises:
-        ValueError: If ``linglo`` is a variant without counterparts to PVTv2's
-            layers, or there are too few batches.
+        ValueError: If ``linglo`` is a variant whose layers have no counterparts in PVTv2,
+            or there are too few batches.
     """
     _check_variant(linglo)
     if len(images) < 2:
@@ -310,7 +313,7 @@ def convert_pvtv2(
 
 
 class _Converter:
-    """State of :func:`convert_pvtv2`: both networks' maps (B, H, W, C) so far."""
+    """State of :func:`convert_pvtv2`: the current maps (B, H, W, C) of both networks."""
 
     def __init__(self, pvtv2: nn.Module, linglo: LinGlo, images: List[Tensor], steps: int) -> None:
         self.pvtv2 = pvtv2
@@ -333,7 +336,7 @@ class _Converter:
             if previous is not None:
                 self._downsample(ours.downsample, theirs.downsample, previous.norm)
             for j, block in enumerate(ours.blocks):
-                # Each of their blocks is followed by its repetitions.
+                # The repetitions of each PVTv2 block follow it.
                 index = j * len(theirs.blocks) // len(ours.blocks)
                 if j and index == (j - 1) * len(theirs.blocks) // len(ours.blocks):
                     self._repeat(block, ours.blocks[j - 1], theirs.blocks[index])
@@ -353,7 +356,7 @@ class _Converter:
         kernel = theirs.proj.weight * norm.weight.view(1, -1, 1, 1)
         kernel = (kernel - kernel.mean(1, keepdim=True)) / spread
         ours.conv.weight.copy_(kernel)
-        # At the borders, where PVTv2's padding is 0 after the norm, this bias is too much.
+        # At the borders, this bias is too large, because PVTv2's padding is 0 after the norm.
         ours.conv.bias.copy_(theirs.proj.bias + theirs.proj.weight.sum((2, 3)) @ norm.bias)
         self._mark(ours.conv, 'derived')
         self.target = [theirs(x.permute(0, 3, 1, 2)) for x in self.target]
@@ -415,7 +418,7 @@ class _Converter:
         targets: Maps,
         learning_rate: float,
     ) -> None:
-        """Least squares over the parameters of a part of a layer, by Adam with a cosine schedule."""
+        """Fit the parameters of a part of a layer by least squares, with Adam and a cosine schedule."""
         if not self.steps:
             return
         inputs, targets = inputs[: -self.held_out], targets[: -self.held_out]
@@ -438,7 +441,7 @@ def _inverse_spread(x: Tensor, eps: float) -> Tensor:
 
 
 def _on_tokens(layer: nn.Module, x: Tensor) -> Tensor:
-    """One of PVTv2's layers on tokens, on a map (B, H, W, C)."""
+    """Apply a layer of PVTv2, which takes tokens, to a map (B, H, W, C)."""
     return layer(x.flatten(1, 2), x.shape[1:3]).view_as(x)
 
 
@@ -482,7 +485,7 @@ def _check_variant(linglo: LinGlo) -> None:
     }
     if any(wrong.values()):
         raise ValueError(
-            'only LinGlo with key-only attention, a convolutional positional encoding with batch '
-            'norms, overlapping patches, biases, and no frozen stage, in its training form, can '
-            f'start from PVTv2; drop {", ".join(k for k, v in wrong.items() if v)} from the config'
+            'to start from PVTv2, LinGlo needs key-only attention, a convolutional positional '
+            'encoding with batch norms, overlapping patches, biases, no frozen stage, and its '
+            f'training form; drop {", ".join(k for k, v in wrong.items() if v)} from the config'
         )

@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""A short screen: log files keep everything, standard output shows what somebody who waits wants to know."""
+"""Keep the screen short: log files hold everything, standard output only what you need while you wait."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ from typing import Any, Iterator, TextIO
 RECORD = re.compile(
     r'\d\d/\d\d (\d\d:\d\d:\d\d) - \S+ - \S*?(DEBUG|INFO|WARNING|ERROR)\S* - (.*)', re.DOTALL
 )
-# What the toolboxes and pycocotools print on their way, or as a warning about nothing.
+# Progress messages of the toolboxes and pycocotools, and warnings without a reason.
 NOISE = re.compile(
     r'Could not import OneDL|Failed to search registry|'
     r'Loading and preparing results|DONE \(t=|Done \(t=|Converting ndarray to lists|'
@@ -32,10 +32,10 @@ WARNINGS = (
 
 
 class Screen:
-    """Standard output without what only a log needs.
+    """Standard output without the messages that only a log file needs.
 
-    It shows warnings, errors, the training's intervals, metrics, what mmlinglo says, and whatever is printed
-    outside of a log, but for :data:`NOISE`.
+    It shows warnings, errors, one line per logging interval, metrics, messages of mmlinglo, and everything
+    that is printed outside of a log, except :data:`NOISE`.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -43,7 +43,7 @@ class Screen:
         self.dropped = False
 
     def write(self, text: str) -> int:
-        """Write a text, or leave it out. A log record arrives as one text, a print and its end as two."""
+        """Write or drop a text. A log record arrives as one text; a print arrives as two, itself and its end."""
         if text == '\n' and self.dropped:
             self.dropped = False
             return 1
@@ -79,7 +79,7 @@ def _is_shown(level: str, message: str, caller: str) -> bool:
 
 
 def _get_caller() -> str:
-    """Module from which the record comes that is being written."""
+    """Find the module that wrote the current log record."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         name = frame.f_globals.get('__name__', '')
@@ -91,7 +91,7 @@ def _get_caller() -> str:
 
 @contextmanager
 def quiet_screen() -> Iterator[None]:
-    """Show less on standard output, and no warnings that concern nobody who uses a tool."""
+    """Show less on standard output, and hide warnings that users of a tool do not need."""
     with warnings.catch_warnings(), redirect_stdout(Screen(sys.stdout)):  # type: ignore[type-var]
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter('ignore', category)

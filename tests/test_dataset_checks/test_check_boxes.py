@@ -93,7 +93,7 @@ BOX_DEFECTS = [
     ('box-empty', annotation_set('area', 0), 'annotation 1, 1.jpg', set()),
     ('box-outside', annotation_set('bbox', [W, 2, 5, 5]), f'annotation 1, 1.jpg: [{W}, 2', set()),
     ('box-outside', annotation_set('bbox', [-9, 2, 5, 5]), 'annotation 1, 1.jpg: [-9, 2', set()),
-    ('box-sticks-out', annotation_set('bbox', [40, 2, 11, 5]), 'picture 48 x 32', set()),
+    ('box-sticks-out', annotation_set('bbox', [40, 2, 11, 5]), 'image 48 x 32', set()),
     ('box-small', annotation_set('bbox', [3, 2, 0.5, 5]), 'annotation 1, 1.jpg', set()),
     ('box-relative', all_boxes(lambda x, y, w, h: [x / W, y / H, w / W, h / H]), '1.jpg', set()),
     ('box-corners', all_boxes(lambda x, y, w, h: [x, y, x + w, y + h]), '1.jpg', set()),

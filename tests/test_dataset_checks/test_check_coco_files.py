@@ -226,7 +226,7 @@ def test_files_are_read_as_the_training_reads_them(experiment, encoding, problem
 @pytest.mark.parametrize(
     ('text', 'place'),
     [
-        ('7', 'no object of lists, but 7'),
+        ('7', 'not an object of lists, but 7'),
         ('{"images": {}, "annotations": [], "categories": 1}', "no list 'images' and no list 'cat"),
         ('[' * 100_000, 'recursion'),
         ('{"images": 1' + '0' * 5000 + '}', '4300 digits'),
@@ -316,14 +316,14 @@ BAD_MASKS = {
     'elsewhere': ([[x + 13 for x in SQUARE]], 'the polygons span [33, 16, 10, 12], apart from'),
     'RLE of another size': (
         run_lengths((H, W + 9)),
-        f'size [{H}, {W + 9}], but the picture has [{H}, {W}]',
+        f'size [{H}, {W + 9}], but the image has [{H}, {W}]',
     ),
     'RLE of width and height': (run_lengths((W, H)), f'RLE of size [{W}, {H}]'),
     'RLE without size': (dict(counts=[1]), 'object missing required field size'),
     'RLE of fractions': (dict(size=[32.0, 48], counts=[1]), '.size[0]'),
     'RLE without counts': (dict(size=[H, W]), 'object missing required field counts'),
     'counts null': (dict(size=[H, W], counts=None), '.counts is None: expected str | array'),
-    'counts too few': (dict(size=[H, W], counts=[5, 7]), f'12 pixels, but the picture has {H * W}'),
+    'counts too few': (dict(size=[H, W], counts=[5, 7]), f'12 pixels, but the image has {H * W}'),
     'counts negative': (dict(size=[H, W], counts=[-5, H * W + 5]), '.counts[0]'),
     'nothing in it': (dict(size=[H, W], counts=[H * W]), 'without a pixel'),
     'damaged': ({**run_lengths(), 'counts': run_lengths()['counts'] + 'o'}, 'cannot be decoded'),

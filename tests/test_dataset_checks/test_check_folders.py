@@ -23,7 +23,7 @@ def test_flat_validation_folder(experiment):
         (folder / name).rmdir()
     found = experiment.findings()
     assert set(found) == {'folder-flat', 'no-samples'}
-    assert found['folder-flat'].places == [f'{folder}: 4 pictures, no folders']
+    assert found['folder-flat'].places == [f'{folder}: 4 images, no folders']
 
 
 @for_task('classification')

@@ -34,7 +34,7 @@ def test_full_disk_ends_the_training_and_room_lets_it_go_on(disk, shapes, tmp_pa
     process = start(config, work_dir)
     process.join(120)
     assert process.exitcode == 1
-    message = rf'error: epoch_2.pth needs (\S+) MB, of which {work_dir} has (\S+) MB free'
+    message = rf'error: epoch_2.pth needs (\S+) MB, but {work_dir} has only (\S+) MB free'
     needed, free = map(float, re.findall(message, process.log.read_text())[-1])
     assert needed > free
     assert checkpoints(work_dir).keys() == before

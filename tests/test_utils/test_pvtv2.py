@@ -303,7 +303,7 @@ def test_init_cfg_of_another_size_or_without_pictures(pictures, tmp_path):
         model.init_weights()
     with pytest.raises(ValueError, match='num_images must be at least 2, got 1'):
         PVTv2Init(str(file), num_images=1)
-    with pytest.raises(ValueError, match='holds 0 pictures, at least 2'):
+    with pytest.raises(ValueError, match='holds 0 images, at least 2'):
         read_images(pictures / 'none', 8)
 
 

@@ -35,7 +35,13 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
         torch.Size([1, 3136, 64])
     """
 
-    parts = dict(key=nn.Linear, value=nn.Linear, mix=nn.Linear, proj=nn.Linear, softmax=nn.Softmax)
+    parts = (
+        ('key', nn.Linear),
+        ('value', nn.Linear),
+        ('mix', nn.Linear),
+        ('proj', nn.Linear),
+        ('softmax', nn.Softmax),
+    )
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
         check_integer('embed_dims', embed_dims, 1)

@@ -18,7 +18,7 @@ class FFN(Rewriting, network.FFN, plain=True):
     is computed in bands of rows. That is the same arithmetic, up to twice as fast.
     """
 
-    parts = dict(fc1=nn.Linear, act=nn.GELU, fc2=nn.Linear)
+    parts = (('fc1', nn.Linear), ('act', nn.GELU), ('fc2', nn.Linear))
 
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
         encoding = self.pos_encoding

@@ -2,7 +2,7 @@
 """The one place where it is decided whether a layer runs as the paper writes it or rewritten."""
 
 from contextlib import contextmanager
-from typing import Iterator, Mapping, Optional, Type
+from typing import Iterator, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _switched_on = True
 # Layers whose call does what their weights say, and nothing else. Subclasses are not among them.
-PLAIN_LAYERS = {
+PLAIN_LAYERS = [  # a list, since torch.compile of torch 2.4 knows no sets
     nn.BatchNorm2d,
     nn.Conv2d,
     nn.GELU,
@@ -21,7 +21,7 @@ PLAIN_LAYERS = {
     nn.Sequential,
     nn.Softmax,
     nn.SyncBatchNorm,
-}
+]
 
 
 @contextmanager
@@ -48,13 +48,13 @@ class Rewriting(nn.Module):
 
     fast: Optional[bool] = None
     """Whether to rewrite: None for on a CPU only, where it was measured; True for on every device."""
-    parts: Mapping[str, Type[nn.Module]] = {}
+    parts: Tuple[Tuple[str, Type[nn.Module]], ...] = ()
     """Layers whose work :meth:`rewrite` does itself, and what they must be for that."""
 
     def __init_subclass__(cls, plain: bool = False) -> None:
         super().__init_subclass__()
         if plain:
-            PLAIN_LAYERS.add(cls)
+            PLAIN_LAYERS.append(cls)
 
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
         """Output of the definition to rounding; None where the definition should run instead."""
@@ -80,7 +80,7 @@ class Rewriting(nn.Module):
         ):
             return False
         return is_plain(self) and all(
-            type(self._modules[name]) is kind for name, kind in self.parts.items()
+            type(self._modules[name]) is kind for name, kind in self.parts
         )
 
 
