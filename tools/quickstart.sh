@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bash tools/quickstart.sh [detection|segmentation|classification]
-# Sets the environment up if need be, makes a small synthetic data set, trains LinGlo-b0 on it, evaluates it and draws
-# its predictions on unseen pictures. Everything ends up in data/shapes/ and work_dirs/quickstart-<task>/, or in
-# work_dirs/quickstart-<task>-2/ and so on if there is one already.
+# Sets the environment up if need be, makes a small synthetic data set, trains LinGlo-b0 on it, evaluates it, draws its
+# predictions on unseen pictures and makes a page about it all. Everything ends up in data/shapes/ and
+# work_dirs/quickstart-<task>/, or in work_dirs/quickstart-<task>-2/ and so on if there is one already.
 # Variables: PYTHON uses another Python than .venv's and sets nothing up; those of tools/setup_env.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -53,10 +53,14 @@ say "evaluating $CHECKPOINT"
 say 'drawing predictions on unseen pictures'
 "$PYTHON" tools/infer.py "$CONFIG" "$CHECKPOINT" data/shapes/demo --out-dir "$WORK_DIR" --score-thr 0.5
 "$PYTHON" tools/misc/make_sheet.py "$WORK_DIR/vis" "$WORK_DIR/pictures.png"
+say 'making a page of curves, metrics and predictions'
+PAGE=$WORK_DIR/report.html
+"$PYTHON" tools/analysis_tools/report.py "$WORK_DIR" --score-thr 0.5 || PAGE='not made, see above'
 
 METRICS=$(find "$WORK_DIR/test" -name '*.json' | sort | tail -n 1)
 echo
 say "done in $((SECONDS - start)) s"
 say "metrics on the validation scenes: $(cat "$METRICS")"
 say "pictures with predictions:        $WORK_DIR/pictures.png, one by one in $WORK_DIR/vis/"
+say "page about the training:          $PAGE"
 say "next, with $DATA:  bash tools/dist_train.sh $PAPER 8"
