@@ -171,8 +171,8 @@ def _find_in_torch(env: Environment) -> Iterator[Problem]:
     broken, on_gpu = _first_error(env, *keys), _first_error(env, 'torch on cuda')
     if installed == '0':
         yield 'torch is not installed', tested
-    elif (major, minor) < (2, 1):
-        yield f'torch {installed} is older than 2.1', tested
+    elif (major, minor) < (2, 5):
+        yield f'torch {installed} is older than 2.5', tested
     elif broken:
         yield f'torch {installed} and torchvision do not work ({broken})', pair
     elif on_gpu:

@@ -55,7 +55,7 @@ FAULTS = {
     ),
     'old torch': (
         healthy(torch='2.0.1', torchvision='0.15.2'),
-        'torch 2.0.1 is older than 2.1',
+        'torch 2.0.1 is older than 2.5',
         f'pip install torch=={TORCH}',
     ),
     'torchvision of another torch': (
@@ -163,7 +163,7 @@ def test_one_fault_gives_one_problem_and_its_remedy(fault):
     assert f'1. {problems[0][0]}\n   run: {problems[0][1]}' in text
 
 
-OLDER = healthy(original=True, torch='2.4.1', torchvision='0.19.1', mmdet='3.2.0')
+OLDER = healthy(original=True, torch='2.5.0', torchvision='0.20.0', mmdet='3.2.0')
 
 
 @pytest.mark.parametrize('env', [healthy(), healthy(original=True), WITHOUT_MMDET, OLDER])
@@ -284,7 +284,7 @@ def test_broken_packages(package, tmp_path):
 
 @pytest.mark.parametrize('package', ['mmengine', 'mmcv'])
 def test_a_missing_package_is_named_with_its_remedy(package, tmp_path):
-    code = f"import sys; sys.modules['{package}'] = None; import mmlinglo"
+    code = f"import sys; sys.modules['{package}'] = None; from mmlinglo import LinGlo"
     (tmp_path / 'program').mkdir()
     (tmp_path / 'program/__init__.py').write_text(code)
     (tmp_path / 'program/__main__.py').touch()

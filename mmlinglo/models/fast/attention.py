@@ -55,9 +55,12 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
         largest float16 number.
         """
         with autocast_off(x):
-            saliency = full_precision(self.saliency) / self.saliency.shape[1] ** 0.5
-            directions = torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
-            return self.softmax((full_precision(x) @ directions.t()).transpose(1, 2))
+            return self._saliency_weights(full_precision(x))
+
+    def _saliency_weights(self, x: Tensor) -> Tensor:
+        saliency = full_precision(self.saliency) / self.saliency.shape[1] ** 0.5
+        directions = torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
+        return self.softmax((x @ directions.t()).transpose(1, 2))
 
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
         batch_size, num_tokens, channels = x.shape
@@ -69,7 +72,8 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
             return None
         # In float32 at least: an error of the matrix would reach every position.
         with autocast_off(x):
-            pooled = self.saliency_weights(x) @ full_precision(x)
+            tokens = full_precision(x)
+            pooled = self._saliency_weights(tokens) @ tokens
             context = torch.einsum('bhc,hdc->bhd', pooled, self._key_heads()).flatten(1)
             w_key, w_value, u_1, u_2 = (
                 full_precision(linear.weight).t()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _switched_on = True
 # Layers whose call does what their weights say, and nothing else. Subclasses are not among them.
-PLAIN_LAYERS = [  # a list, since torch.compile of torch 2.4 knows no sets
+PLAIN_LAYERS = [  # a list, since torch.compile of torch 2.5 knows no sets
     nn.BatchNorm2d,
     nn.Conv2d,
     nn.GELU,
