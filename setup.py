@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent
 MIM_CONTENT = ('configs', 'tools', 'model-index.yml')
 NOT_FOR_USERS = (  # need a checkout, or write into it
     '__pycache__',
-    'make_sheet.py',
     'quickstart.sh',
     'run_tests.sh',
     'setup_env.sh',

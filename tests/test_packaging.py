@@ -32,7 +32,7 @@ def test_wheel_holds_configs_and_tools_for_mim(tmp_path):
     assert (mim / 'model-index.yml').is_file()
     assert (mim / 'tools/train.py').is_file()
     assert (mim / 'tools/dist_train.sh').is_file()
-    for_developers = ('make_sheet', 'update_model_zoo', 'run_tests', 'setup_env', 'quickstart')
+    for_developers = ('update_model_zoo', 'run_tests', 'setup_env', 'quickstart')
     assert not [path for path in (mim / 'tools').rglob('*') if path.stem in for_developers]
     help_text = subprocess.check_output(['bash', mim / 'tools/dist_train.sh', '--help'], text=True)
     assert help_text.startswith('bash tools/dist_train.sh CONFIG GPUS')

@@ -52,7 +52,6 @@ say "evaluating $CHECKPOINT"
 "$PYTHON" tools/test.py "$CONFIG" "$CHECKPOINT" --work-dir "$WORK_DIR/test"
 say 'drawing predictions on unseen pictures'
 "$PYTHON" tools/infer.py "$CONFIG" "$CHECKPOINT" data/shapes/demo --out-dir "$WORK_DIR" --score-thr 0.5
-"$PYTHON" tools/misc/make_sheet.py "$WORK_DIR/vis" "$WORK_DIR/pictures.png"
 say 'making a page of curves, metrics and predictions'
 PAGE=$WORK_DIR/report.html
 "$PYTHON" tools/analysis_tools/report.py "$WORK_DIR" --score-thr 0.5 || PAGE='not made, see above'
@@ -61,6 +60,6 @@ METRICS=$(find "$WORK_DIR/test" -name '*.json' | sort | tail -n 1)
 echo
 say "done in $((SECONDS - start)) s"
 say "metrics on the validation scenes: $(cat "$METRICS")"
-say "pictures with predictions:        $WORK_DIR/pictures.png, one by one in $WORK_DIR/vis/"
-say "page about the training:          $PAGE"
+say "page with curves and predictions: $PAGE"
+say "predictions on unseen images:     $WORK_DIR/vis/"
 say "next, with $DATA:  bash tools/dist_train.sh $PAPER 8"
