@@ -188,9 +188,10 @@ class LinGlo(FastLinGloNetwork, BaseModule):
         for module in self.modules():
             if isinstance(module, Rewriting):
                 module.fast = fast
-            elif isinstance(module, nn.Conv2d):
+            elif isinstance(module, nn.Conv2d) and module.groups > 1:
                 # All maps are channels-last, and so are the gradients of the kernels: with kernels
-                # of the same layout DistributedDataParallel need not copy them.
+                # of the same layout DistributedDataParallel need not copy them. The few others stay,
+                # since torch.nn.utils.prune cannot prune them in that layout.
                 module.weight.data = module.weight.data.clone(memory_format=torch.channels_last)
         if deploy:
             self.eval().switch_to_deploy()

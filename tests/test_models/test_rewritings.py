@@ -12,12 +12,14 @@ import torch.nn.utils.parametrize
 import torch.nn.utils.prune
 from conftest import TINY_ARCH, randomize_norms_
 from torch import nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmlinglo
 from mmlinglo import LinGlo
 from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, fast, network
+from mmlinglo.models.fast.grouped import GroupedPositionalEncoding
 
 
 def attention(**kwargs):
@@ -232,6 +234,74 @@ def test_layers_exchanged_for_plain_ones_are_obeyed(case, part, exchange):
             tried += 1
             assert_close(module(x), expected)
     assert tried or exchange != 'sequence'
+
+
+@pytest.mark.parametrize('number', [0, 1])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('kind', ['encoding', 'grouped'])
+@pytest.mark.parametrize(
+    'change', ['affine', 'track_running_stats', 'num_batches_tracked', 'momentum', 'eps']
+)
+def test_norms_of_unequal_settings_are_obeyed(number, training, kind, change):
+    module = encoding(num_branches=4, skip=True)
+    if kind == 'grouped':
+        module = GroupedPositionalEncoding(12, 4, True)
+    module.fast = True
+    norm = module.branches[number].bn
+    if change == 'num_batches_tracked':
+        norm.num_batches_tracked = None
+    elif change in ('momentum', 'eps'):
+        setattr(norm, change, 0.5)
+    else:
+        module.branches[number].bn = nn.BatchNorm2d(12, **{change: False})
+    module.train(training)
+    x = torch.randn(3, 12, 6, 7)
+    assert_close(run(module, x, grad=False), run(module, x, literal=True, grad=False))
+
+
+@each_case
+def test_forward_mode_differentiation(case):
+    module = case.build().double().eval()
+    x, direction = (torch.randn(case.shapes[0], dtype=torch.float64) for _ in range(2))
+    step = 1e-6
+    expected = (module(x + step * direction) - module(x - step * direction)) / (2 * step)
+    with torch.no_grad(), forward_ad.dual_level():
+        out = module(forward_ad.make_dual(x, direction))
+        tangent = forward_ad.unpack_dual(out).tangent
+    assert_close(tangent, expected.detach(), rtol=1e-5, atol=1e-6)
+    module, x, direction = module.float(), x.float(), direction.float()
+    with torch.no_grad(), forward_ad.dual_level():  # where the FFN's rewriting would run
+        found = forward_ad.unpack_dual(module(forward_ad.make_dual(x, direction))).tangent
+    assert_close(found, tangent.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_every_weight_of_the_network_can_be_pruned():
+    model = LinGlo(TINY_ARCH)
+    for layer in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+        torch.nn.utils.prune.l1_unstructured(layer, 'weight', 0.5)
+    x = torch.randn(2, 3, 64, 64)
+    for _ in range(2):
+        sum(out.square().mean() for out in model(x)).backward()
+    model.eval()
+    with torch.no_grad():
+        found = model(x)
+        with mmlinglo.literal():
+            assert_close(found, model(x))
+
+
+def test_the_switch_of_an_encoding_within_an_ffn_is_obeyed(monkeypatch):
+    module, x = ffn(num_branches=4, skip=True).eval(), torch.randn(2, 3, 4, 6)
+    convolutions = []
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(
+        nn.Conv2d, 'forward', lambda conv, x: convolutions.append(conv) or forward(conv, x)
+    )
+    with torch.no_grad():
+        module(x)
+        assert not convolutions
+        module.pos_encoding.fast = False
+        module(x)
+    assert len(convolutions) == 4
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ class FFN(Rewriting, network.FFN, plain=True):
         if (
             not onednn.is_usable(x)
             or type(encoding) is not ConditionalPositionalEncoding
+            or encoding.fast is False
             or not encoding.is_linear
             or encoding.uses_batch_statistics
             or not isinstance(self.excitation, nn.Identity)

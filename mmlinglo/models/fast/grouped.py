@@ -26,15 +26,17 @@ class GroupedPositionalEncoding(ConditionalPositionalEncoding, plain=True):
             return None
         convs, norms = zip(*self.branches)
         first, channels = norms[0], x.shape[1]
-        settings = {(type(norm), norm.momentum, norm.eps, norm.training) for norm in norms}
+        settings = {
+            (type(norm), norm.momentum, norm.eps, norm.training, norm.track_running_stats)
+            for norm in norms
+        }
         if type(first) is not nn.BatchNorm2d or first.momentum is None or len(settings) > 1:
             return None
         kernel = _Interleave.apply(*(conv.weight for conv in convs))
         out = F.conv2d(x, kernel, padding=1, groups=channels)
-        weight = bias = mean = var = None
-        if first.affine:
-            weight = _Interleave.apply(*(norm.weight for norm in norms))
-            bias = _Interleave.apply(*(norm.bias for norm in norms))
+        weight = _Interleave.apply(*(norm.weight for norm in norms))
+        bias = _Interleave.apply(*(norm.bias for norm in norms))
+        mean = var = None
         if first.training and first.track_running_stats:
             mean, var = first.running_mean.new_zeros(2, len(kernel))
         # With a momentum of 1 the running statistics are those of the batch.

@@ -89,6 +89,8 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
             and _is_depthwise(branch[0])
             and branch[0].bias is None
             and isinstance(branch[1], _BatchNorm)
+            and branch[1].affine
+            and (branch[1].num_batches_tracked is not None) == branch[1].track_running_stats
             and _uses_batch(branch[1]) == self.uses_batch_statistics
             for branch in self.branches
         )

@@ -6,6 +6,7 @@ from typing import Iterator, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -43,7 +44,8 @@ class Rewriting(nn.Module):
 
     A subclass gives :meth:`rewrite`, with the parameters of the definition. The definition runs
     wherever it could differ: for a layer that was exchanged, wrapped, subclassed, pruned,
-    parametrized, quantized or hooked, and under the transforms of :mod:`torch.func`.
+    parametrized, quantized or hooked, under the transforms of :mod:`torch.func`, and
+    in forward-mode differentiation.
     """
 
     fast: Optional[bool] = None
@@ -70,7 +72,9 @@ class Rewriting(nn.Module):
             return False
         if self.fast is None and x.device.type != 'cpu':
             return False
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        ):
             return False
         if (
             torch_module._global_forward_hooks
