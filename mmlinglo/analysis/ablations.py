@@ -3,7 +3,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -123,7 +123,7 @@ def order_rows(summary: pd.DataFrame) -> List[dict]:
                 verdict = 'one seed: undecided'
             elif abs(difference) <= spread:
                 verdict = 'within noise'
-            pair = dict(paper=title, order=f'{labels[better]} > {labels[worse]}')
+            pair: Dict[str, Any] = dict(paper=title, order=f'{labels[better]} > {labels[worse]}')
             pair['paper_difference'] = None if None in paper else round(paper[0] - paper[1], 2)
             pairs.append(dict(pair, difference=difference, spread=spread, verdict=verdict))
         whole = min((pair['verdict'] for pair in pairs), key=VERDICTS.index)

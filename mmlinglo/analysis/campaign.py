@@ -14,7 +14,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import pandas as pd
 from mmengine.config import Config, DictAction
@@ -238,8 +238,8 @@ def train(program: Path, settings: Path, locked: int) -> bool:
     if checkpoint is not None:
         command += ['--resume', str(checkpoint)]
     with open(work_dir / 'train.log', 'a') as log:
-        how = dict(stdout=log, stderr=subprocess.STDOUT, pass_fds=[locked], start_new_session=True)
-        process = subprocess.Popen(command, **how)
+        how: Dict[str, Any] = dict(pass_fds=[locked], start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how)
         try:
             process.wait()
         except BaseException:

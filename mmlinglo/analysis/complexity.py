@@ -164,7 +164,7 @@ def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexit
     }
 
 
-def _forward_with_most_regions(self: nn.Module, images: Tensor, **_: Any) -> Tuple[Any, ...]:
+def _forward_with_most_regions(self: Any, images: Tensor, **_: Any) -> Tuple[Any, ...]:
     """Pass of a two-stage detector of mmdet with empty regions in the place of the ones it finds."""
     features, roi_head = self.extract_feat(images), self.roi_head
     stages = [(roi_head.bbox_roi_extractor, roi_head.bbox_head, self.test_cfg.rpn.max_per_img)]

@@ -103,6 +103,6 @@ def draw_curves(axes: Axes, runs: pd.DataFrame, xlabel: str, ylabel: str) -> Non
     style = dict(marker=marker, ms=5, errorbar=('pi', 100))
     sns.lineplot(found, x='step', y='value', hue='label', ax=axes, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis='x', integer=True)
     axes.grid(alpha=0.3)
     axes.legend(title=None)

@@ -7,6 +7,7 @@ All of it also runs on a CPU, for rehearsal.
 import copy
 import os
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -17,7 +18,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from mmlinglo import LinGlo
-from mmlinglo.analysis.benchmark import Setting, make_step, time_steps
+from mmlinglo.analysis.benchmark import make_step, time_steps
 from mmlinglo.analysis.launches import FORMS, GroupedLinGlo, build_form, set_form
 from mmlinglo.analysis.memory import MIB
 from mmlinglo.utils.deploy import build_model
@@ -190,11 +191,8 @@ def _run(model: nn.Module, x: Tensor) -> List[Tensor]:
 
 def _with_gradients(model: nn.Module, outputs: Sequence[Tensor]) -> List[Tensor]:
     """The outputs and, of all parameters together, the gradient of the mean of their squares."""
-    loss = sum(
-        out.float().square().mean() if out.dtype.itemsize < 4 else out.square().mean()
-        for out in outputs
-    )
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    losses = [(out.float() if out.dtype.itemsize < 4 else out).square().mean() for out in outputs]
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), list(model.parameters()))
     return [*(out.detach() for out in outputs), torch.cat([g.flatten() for g in gradients])]
 
 
@@ -224,14 +222,13 @@ def measure_forms(
         Rows with :data:`FORM_COLUMNS`; peak memory on a GPU only, None where it does not fit.
     """
     for name in models:
-        for (batch_size, *shape), autocast in [(i, a) for i in images for a in (False, True)]:
-            setting = Setting(batch_size, device, train_step=True, shape=tuple(shape))
-            x = torch.randn(batch_size, 3, *setting.shape, device=device)
+        for (number, height, width), autocast in product(images, (False, True)):
+            x = torch.randn(number, 3, height, width, device=device)
             steps: Dict[str, Callable] = {}
             peaks: Dict[str, Any] = {}
             for form in FORMS if name.startswith('linglo_b') else ['plain']:
-                model = build_form(name, setting.shape, 'train', form).to(device)
-                step = make_step(model, x, True, autocast)
+                model = build_form(name, (height, width), 'train', form).to(device)
+                step = make_step(model, x, train_step=True, autocast=autocast)
                 peaks[form], fits = _peak(step, device)
                 if fits:
                     steps[form] = step
@@ -240,7 +237,7 @@ def measure_forms(
                 median = times[form][1] if form in times else None
                 ratio = median / times['plain'][1] if median and 'plain' in times else None
                 row = dict(model=name, form=form, dtype='bf16' if autocast else 'fp32')
-                row['images'] = '{} x {} x {}'.format(batch_size, *setting.shape)
+                row['images'] = f'{number} x {height} x {width}'
                 yield dict(row, step_ms=median, ratio=ratio, peak_memory_mib=peak)
 
 
@@ -301,8 +298,8 @@ def _random_batch(scope: str, batch_size: int, shape: Tuple[int, int]) -> dict:
     """Images and labels as a data loader of COCO or of ADE20K gives them."""
     height, width = shape
     inputs = [torch.randint(256, (3, height, width), dtype=torch.uint8) for _ in range(batch_size)]
-    meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape)
-    meta['scale_factor'] = (1.0, 1.0)
+    names = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+    meta = dict(dict.fromkeys(names, shape), scale_factor=(1.0, 1.0))
     samples = []
     for _ in inputs:
         if scope == 'mmdet':

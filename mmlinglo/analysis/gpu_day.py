@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, TextIO, Tuple
 
 import cv2
 import numpy as np
@@ -69,8 +69,8 @@ def plan(out: Path, rehearse: bool) -> List[Step]:
     def checking(what: str) -> List[Command]:
         return [(check, what, '--out', str(out / what), *toy)]
 
-    attention = (f'{TOOLS}/benchmark_attention.py', '--out', str(out / 'attention'))
-    attention += ('--sizes', '64', '--rounds', '2') if rehearse else ('--batch-size', '16')
+    size = ('--sizes', '64', '--rounds', '2') if rehearse else ('--batch-size', '16')
+    attention = (f'{TOOLS}/benchmark_attention.py', '--out', str(out / 'attention'), *size)
     trained = ('mmdet', 'mmcv._ext')
     return [
         Step('environment', 'Environment', 2, [('-m', 'mmlinglo.check_env')]),
@@ -140,11 +140,10 @@ def _campaign(out: Path, rehearse: bool) -> Step:
         options += ['val_dataloader.dataset.pipeline.1.scale=32']
         for loader in ('train_dataloader', 'val_dataloader'):
             options += [f'{loader}.num_workers=0', f'{loader}.persistent_workers=False']
-        toy = ('--rows', 'linglo-b0', '--epochs', '2', '--data-format', 'folder', '--data-root')
-        toy = (*toy, str(data), '--seeds', '0', '--cfg-options', *options)
-        return Step(
-            name, title, 10, [(tool, *where, str(out / 'toy' / name), *toy)], ('mmpretrain',)
-        )
+        toy = ('--rows', 'linglo-b0', '--epochs', '2', '--data-format', 'folder', '--seeds', '0')
+        given = ('--data-root', str(data), '--cfg-options', *options)
+        command = (tool, *where, str(out / 'toy' / name), *toy, *given)
+        return Step(name, title, 10, [command], ('mmpretrain',))
     first = ('linglo-b0', 'linglo-b0-cpe', 'linglo-b0-dot-product', 'pvtv2-b0', 'resnet18')
     others = ('linglo-b0-p-cpe', 'linglo-b0-r-cpe', 'linglo-b0-wo-c', 'linglo-b0-wo-ch')
     # What is finished is not trained again, and the last table holds all.
@@ -249,7 +248,7 @@ def _run_step(root: Path, out: Path, step: Step, limit: float, finished: List[st
     return dict(status=status, seconds=seconds, reason=reason, finished=finished)
 
 
-def _call(root: Path, command: Command, log: object, limit: float) -> Optional[int]:
+def _call(root: Path, command: Command, log: TextIO, limit: float) -> Optional[int]:
     """Exit status of a command, or None if it was stopped together with all that it started."""
     program = 'bash' if command[0].endswith('.sh') else sys.executable
     environment = dict(os.environ, PYTHON=sys.executable)

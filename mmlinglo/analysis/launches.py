@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmlinglo import LinGlo
 from mmlinglo.analysis.memory import MIB
-from mmlinglo.analysis.peers import Plain, build_backbone
+from mmlinglo.analysis.peers import STAGES, Plain, build_backbone
 from mmlinglo.models.fast import Rewriting
 from mmlinglo.models.fast.grouped import GroupedPositionalEncoding
 from mmlinglo.utils.deploy import switch_to_deploy
@@ -147,14 +147,14 @@ def build_form(name: str, shape: Tuple[int, int], mode: str, form: str = 'plain'
     for what, value, allowed in (('mode', mode, MODES), ('form', form, FORMS)):
         if value not in allowed:
             raise ValueError(f'{what} must be one of {", ".join(allowed)}, got {value!r}')
-    maps = tuple(shape) != (224, 224)
+    stages = () if tuple(shape) == (224, 224) else STAGES
     if form != 'plain' and not name.startswith('linglo_b'):
         raise ValueError(f'the form {form!r} is for LinGlo only, got the backbone {name!r}')
     if form == 'grouped':
-        arch, indices = name.split('_')[1], (0, 1, 2, 3) if maps else -1
-        model = Plain(GroupedLinGlo(arch, out_indices=indices).eval(), maps)
+        linglo = GroupedLinGlo(name.split('_')[1], out_indices=stages or -1).eval()
+        model: nn.Module = Plain(linglo, bool(stages))
     else:
-        model = build_backbone(name, shape, maps)
+        model = build_backbone(name, shape, stages)
     set_form(model, form)
     if mode == 'deploy':
         switch_to_deploy(model)
@@ -187,8 +187,8 @@ def count_launches(
     if amp not in AMP:
         raise ValueError(f'amp must be one of {", ".join(AMP)}, got {amp!r}')
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = copy.deepcopy(model).to(memory_format=layout)
-    forward, backward, saved = _Counter(), _Counter(), _Saved()
+    model = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+    forward, backward, saved = _Counter(), _Counter(), SavedTensors()
     # With symbols in place of the numbers that an .item() would give.
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         model.to_empty(device='cuda')
@@ -209,9 +209,7 @@ def count_launches(
                     run_backward(outputs, gradients)
         except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
             raise ValueError(f"what runs depends on a tensor's values: {error}") from error
-        parameters = {_storage(tensor) for tensor in model.parameters()}
-        saved_bytes = sum(size for key, size in saved.sizes.items() if key not in parameters)
-    return StepCounts(forward.counts, backward.counts, saved_bytes)
+        return StepCounts(forward.counts, backward.counts, saved.count_bytes(model))
 
 
 @contextmanager
@@ -277,18 +275,24 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-class _Saved(saved_tensors_hooks):
-    """Sizes in bytes of the memory that autograd keeps for the backward, each piece once."""
+class SavedTensors(saved_tensors_hooks):
+    """The memory that autograd keeps for the backward, each piece once, whichever tensors share it."""
 
     def __init__(self) -> None:
-        self.sizes: Dict[int, int] = {}
-        self.storages: List[Any] = []  # so that no key is given to another
+        self._storages: Dict[
+            int, torch.UntypedStorage
+        ] = {}  # themselves, so that no key is given to another
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        self.storages.append(tensor.untyped_storage())
-        self.sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        self._storages[_storage(tensor)] = tensor.untyped_storage()
         return tensor
+
+    def count_bytes(self, model: nn.Module) -> int:
+        """Size in bytes of what is no parameter of the model."""
+        parameters = {_storage(parameter) for parameter in model.parameters()}
+        kept = self._storages.items()
+        return sum(storage.nbytes() for key, storage in kept if key not in parameters)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -320,24 +324,25 @@ def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Dict
     Returns:
         Gradients of the leaves of the graph.
     """
-    roots = [output.grad_fn for output in outputs]
+    roots: List[Any] = [output.grad_fn for output in outputs]  # nodes: nobody goes back from a leaf
     waits_for = _count_dependencies(roots)
     arrived: Dict[Node, Dict[int, Tensor]] = {}
     leaves: Dict[Tensor, Tensor] = {}
 
-    def arrive(node: Node, index: int, gradient: Optional[Tensor]) -> None:
+    def arrive(node: Any, index: int, gradient: Optional[Tensor]) -> None:
         slots = arrived.setdefault(node, {})
         if gradient is not None:
             gradient = _fit(gradient, node._input_metadata[index])
             slots[index] = slots[index] + gradient if index in slots else gradient
 
     with torch.no_grad():
-        for output, gradient in zip(outputs, gradients):
-            arrive(output.grad_fn, output.output_nr, gradient)
+        for root, output, gradient in zip(roots, outputs, gradients):
+            arrive(root, output.output_nr, gradient)
         ready = [node for node in dict.fromkeys(roots) if not waits_for[node]]
         while ready:
             node = ready.pop()
-            slots, found = arrived.pop(node), None
+            slots = arrived.pop(node)
+            found: Any = None
             if slots and hasattr(node, 'variable'):
                 leaves[node.variable] = _accumulate(node.variable, slots[0])
             elif slots:

@@ -1,35 +1,22 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """What the padding of a batch does to an image's features, and what it costs to keep it from doing so."""
 
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmlinglo import LinGlo
-from mmlinglo.analysis.benchmark import time_steps
-from mmlinglo.analysis.peers import PEERS, build_backbone
+from mmlinglo.analysis.benchmark import make_step, pad, time_steps
+from mmlinglo.analysis.peers import STAGES, Plain, build_backbone
 
-MASKED = 'linglo_b0_mask_padding'
-LABELS: Dict[str, str] = {
-    **{name: PEERS[name].label for name in ('linglo_b0', 'pvt_v2_b0')},
-    MASKED: 'LinGlo-b0, mask_padding',
-}
-"""What is compared, and how it is called in tables."""
-
-
-def build(name: str, seed: int) -> nn.Module:
-    """A backbone of :data:`LABELS` in evaluation mode with random weights of a seed."""
-    torch.manual_seed(seed)
-    if 'linglo' not in name:
-        return build_backbone(name, (320, 320), maps=True)
-    return LinGlo('b0', mask_padding=name == MASKED).eval()
+BACKBONES = ('linglo_b0', 'pvt_v2_b0', 'linglo_b0_mask_padding')
 
 
 @torch.inference_mode()
-def feature_shift(model: nn.Module, image: Tensor, padding: int) -> float:
-    """How far padding on its right moves the features of an image's left half.
+def measure_shift(model: nn.Module, image: Tensor, padding: int) -> float:
+    """Measure how far padding on its right moves the features of an image's left half.
 
     Args:
         model: Backbone in evaluation mode; its last map has stride 32.
@@ -48,45 +35,40 @@ def feature_shift(model: nn.Module, image: Tensor, padding: int) -> float:
         raise ValueError(f'the image must be a multiple of 64 pixels wide, got {width}')
     if padding < 0:
         raise ValueError(f'padding must be at least 0 pixels, got {padding}')
+    size = [[(height, width)]] if isinstance(model, Plain) else []  # LinGlo is told it
     half = width // 64  # columns of stride 32
     alone, padded = (
-        _maps(model, F.pad(image[None], (0, pixels)), [(height, width)])[-1][..., :half]
-        for pixels in (0, padding)
+        model(F.pad(image[None], (0, pixels)), *size)[-1][..., :half] for pixels in (0, padding)
     )
     return float((padded - alone).norm() / alone.norm())
 
 
 def measure_shifts(
     paddings: Sequence[int], size: int = 320, seeds: Sequence[int] = range(5)
-) -> Iterator[dict]:
-    """Move the features of random images by padding, for each backbone of :data:`LABELS`.
+) -> List[dict]:
+    """Move the features of random images by padding, for each of :data:`BACKBONES`.
 
     Args:
         paddings: Widths in pixels.
         size: Height and width of the images in pixels.
         seeds: One set of weights and one image each.
 
-    Yields:
+    Returns:
         Rows with ``backbone``, ``padding``, and ``shift`` with ``shift_min`` and
         ``shift_max``: mean and extremes over the seeds, in percent.
     """
-    for name in LABELS:
-        models = [build(name, seed) for seed in seeds]
-        images = [
-            torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ]
-        for padding in paddings:
-            shifts = [
-                100 * feature_shift(model, image, padding) for model, image in zip(models, images)
-            ]
-            yield dict(
-                backbone=name,
-                padding=padding,
-                shift=sum(shifts) / len(shifts),
-                shift_min=min(shifts),
-                shift_max=max(shifts),
-            )
+    shifts = []
+    for name in BACKBONES:
+        for seed in seeds:
+            image = torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed))
+            torch.manual_seed(seed)
+            model = build_backbone(name, (size, size), STAGES)
+            for padding in paddings:
+                shifts.append((name, padding, 100 * measure_shift(model, image, padding)))
+    table = pd.DataFrame(shifts, columns=['backbone', 'padding', 'shift'])
+    found = table.groupby(['backbone', 'padding'], sort=False)['shift']
+    found = found.agg(shift='mean', shift_min='min', shift_max='max').reset_index()
+    return found.to_dict('records')
 
 
 def measure_cost(
@@ -106,39 +88,14 @@ def measure_cost(
     Raises:
         ValueError: If ``rounds`` is below 2.
     """
-    height, width = (-(-max(size[i] for size in sizes) // 32) * 32 for i in range(2))
-    images = torch.randn(len(sizes), 3, height, width, device=device)
+    shape = pad([max(lengths) for lengths in zip(*sizes)])
+    images = torch.randn(len(sizes), 3, *shape, device=device)
     rows = []
-    for work in ('inference', 'training step'):
-        steps = {
-            name: _step(name, images, sizes, training=work == 'training step', device=device)
-            for name in ('linglo_b0', MASKED)
-        }
-        plain, masked = (time for _, time, _ in time_steps(steps, rounds, warmup=1).values())
+    for work, train in (('inference', False), ('training step', True)):
+        steps = {}
+        for name in (BACKBONES[0], BACKBONES[2]):
+            model = build_backbone(name, shape, STAGES, not train).train(train)
+            steps[name] = make_step(model.to(device), images, sizes, train_step=train)
+        plain, masked = (median for _, median, _ in time_steps(steps, rounds, warmup=1).values())
         rows.append(dict(work=work, plain_ms=plain, masked_ms=masked, ratio=masked / plain))
     return rows
-
-
-def _step(
-    name: str, images: Tensor, sizes: Sequence[Tuple[int, int]], training: bool, device: str
-) -> Callable[[], None]:
-    model = build(name, seed=0).train(training)
-    if not training:
-        model.switch_to_deploy()
-    model.to(device)
-
-    @torch.inference_mode()
-    def infer() -> None:
-        _maps(model, images, sizes)
-
-    def train() -> None:
-        model.zero_grad()
-        sum(m.sum() for m in _maps(model, images, sizes)).backward()
-
-    return train if training else infer
-
-
-def _maps(model: nn.Module, images: Tensor, sizes: Sequence[Tuple[int, int]]) -> List[Tensor]:
-    """Feature maps; LinGlo is told the images' sizes."""
-    is_linglo = isinstance(model, LinGlo)
-    return list(model(images, sizes) if is_linglo else model(images))

@@ -1,31 +1,83 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Results of measurements: where they come from, and how they are kept."""
+"""What tools that measure have in common: options, where results come from, and how they are kept."""
 
+import argparse
 import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import torch
+from torch.multiprocessing import ProcessExitedException
 
 import mmlinglo
+from mmlinglo.utils.cli import UsageError
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm')
 
 
-def provenance(
-    device: Union[str, torch.device], dtype: torch.dtype = torch.float32, **more: Any
-) -> Dict[str, Any]:
+def make_parser(
+    description: Optional[str], name: str, rounds: Optional[int] = None, device: bool = True
+) -> argparse.ArgumentParser:
+    """Make a parser with the options that tools share.
+
+    Args:
+        description: What the tool does.
+        name: Of the files that it writes, for ``--out``.
+        rounds: Default of ``--rounds``; with it, the parser also has ``--threads``.
+        device: Whether it then also has ``--device``.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    add, out = parser.add_argument, f'work_dirs/analysis/{name}'
+    add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
+    if rounds is not None:
+        add(
+            '--rounds',
+            type=at_least(2),
+            default=rounds,
+            help='rounds of timing; default: %(default)s',
+        )
+        add('--threads', type=at_least(1), help="CPU threads; default: PyTorch's")
+    if rounds is not None and device:
+        first = 'cuda' if torch.cuda.is_available() else 'cpu'
+        add('--device', choices=['cpu', 'cuda'], default=first, help='default: %(default)s')
+    return parser
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """Make the type of an option that is a number."""
+
+    def number(text: str) -> Any:
+        if not kind(text) >= least:
+            raise argparse.ArgumentTypeError(f'must be at least {least}, got {text}')
+        return kind(text)
+
+    return number
+
+
+@contextmanager
+def explain_errors() -> Iterator[None]:
+    """Explain to the user what a measurement raised for values that it cannot use."""
+    try:
+        yield
+    except ProcessExitedException as error:
+        raise UsageError(f'PyTorch crashed ({error}): leave models out by --models') from error
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UsageError(str(error)) from error
+
+
+def provenance(device: Union[str, torch.device], **more: Any) -> Dict[str, Any]:
     """Everything that a figure depends on besides the code's arguments.
 
     Args:
         device: Device of the measurement.
-        dtype: Data type of the measurement.
-        more: Further entries, such as the batch size.
+        more: Further entries, such as the batch size, and what is otherwise than in this process.
 
     Returns:
         Command, date, device, threads, data type, settings of glibc's malloc (environment variables),
@@ -33,17 +85,17 @@ def provenance(
         '-dirty' when tracked files are changed).
     """
     versions = {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
-    return dict(
+    source = dict(
         command=' '.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         date=datetime.date.today().isoformat(),
         device=device_name(device),
         threads=torch.get_num_threads(),
-        dtype=str(dtype).removeprefix('torch.'),
+        dtype='float32',
         malloc={name: value for name, value in os.environ.items() if name.startswith('MALLOC_')},
         commit=git_commit(),
         versions=dict(python=platform.python_version(), mmlinglo=mmlinglo.__version__, **versions),
-        **more,
     )
+    return {**source, **more}
 
 
 def device_name(device: Union[str, torch.device]) -> str:
@@ -51,10 +103,8 @@ def device_name(device: Union[str, torch.device]) -> str:
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    model = names[0] if names else platform.processor() or platform.machine()
-    return f'{model}, {os.cpu_count()} cores'
+    names = re.findall(r'model name\s*: (.+)', info.read_text() if info.is_file() else '')
+    return f'{(names or [platform.machine()])[0]}, {os.cpu_count()} cores'
 
 
 def git_commit() -> str:
@@ -95,12 +145,12 @@ def with_suffix(out: Union[str, Path], suffix: str) -> Path:
     return Path(f'{out}{suffix}')
 
 
-def format_table(rows: List[dict], columns: Dict[str, str]) -> str:
-    """A Markdown table.
+def format_table(rows: List[dict], columns: Union[Sequence[str], Mapping[str, str]]) -> str:
+    """Format a Markdown table.
 
     Args:
         rows: One dict a line; a missing key or None gives an empty cell, a float has four digits.
-        columns: Key of each column and its heading.
+        columns: Key of each column, and its heading if that is another one.
     """
 
     def cell(value: Any) -> str:
@@ -108,7 +158,8 @@ def format_table(rows: List[dict], columns: Dict[str, str]) -> str:
             return ''
         return f'{value:.4g}' if isinstance(value, float) else str(value)
 
-    body = [list(columns.values())] + [[cell(row.get(key)) for key in columns] for row in rows]
+    headings = list(columns.values()) if isinstance(columns, Mapping) else list(columns)
+    body = [headings] + [[cell(row.get(key)) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*body)]
     lines = [
         '| ' + ' | '.join(text.ljust(width) for text, width in zip(line, widths)) + ' |'

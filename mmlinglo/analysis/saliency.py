@@ -128,7 +128,8 @@ def saliency_maps(
         )
     if not all(len(calls) == 1 for calls in results.values()):
         raise ValueError('the hooks were not called: give the model as it was before torch.compile')
-    grids, sizes = _find_grids(backbone, shapes[0][2:])
+    height, width = shapes[0][2:]
+    grids, sizes = _find_grids(backbone, (height, width))
     weights = {
         block: calls[0][0].unflatten(-1, sizes[block[0]]).cpu() for block, calls in results.items()
     }

@@ -3,7 +3,7 @@
 
 import math
 from pathlib import Path
-from typing import Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -55,7 +55,8 @@ def plot_saliency(
             f'stages={stages} with blocks={blocks} are not all there: there are weights of the '
             f'(stage, block) {", ".join(map(str, maps.weights))}'
         )
-    tiles, notes = {}, {}
+    tiles: Dict[str, Any] = {}
+    notes: Dict[int, List[Any]] = {}
     for stage, block in chosen:
         weights = maps.weights[stage, block]
         _, height, width = weights.shape

@@ -93,7 +93,7 @@ class Predictor:
             UnreadableError: If the file is missing, empty or cut off, or the loader fails.
         """
         # the keys with which the toolboxes' data sets start
-        results = dict(img_path=None, img_id=0, sample_idx=0, seg_fields=[])
+        results: Dict[str, Any] = dict(img_path=None, img_id=0, sample_idx=0, seg_fields=[])
         steps = iter(self.transforms)
         if isinstance(source, Path):
             check_picture_file(source)
@@ -163,7 +163,7 @@ def build_predictor(
     if deploy:
         switch_to_deploy(model)
     default, describe = TOOLBOXES[cfg.default_scope]
-    settings = {**default, **(cfg.get('visualizer') or {})}
+    settings: Dict[str, Any] = {**default, **(cfg.get('visualizer') or {})}
     for key in ('vis_backends', 'save_dir'):
         settings.pop(key, None)
     # mmengine has one visualizer of each name, which other predictors of this process may use
@@ -225,7 +225,7 @@ def _class(
     return Prediction(result, drawing[..., ::-1])
 
 
-TOOLBOXES = dict(  # how each draws and describes
+TOOLBOXES: Dict[str, Tuple[Dict[str, Any], Callable]] = dict(  # how each draws and describes
     mmdet=(dict(type='DetLocalVisualizer'), _detections),
     mmpretrain=(dict(type='UniversalVisualizer'), _class),
     mmseg=(dict(type='SegLocalVisualizer', alpha=0.5), _segments),  # the picture stays visible
@@ -419,7 +419,7 @@ def annotate_video(
                 for prediction in predictor([predictor.load(frame) for frame in batch]):
                     size = prediction.drawing.shape[1::-1]
                     if not done and not writer.open(
-                        str(video), cv2.VideoWriter_fourcc(*'mp4v'), rate, size
+                        str(video), cv2.VideoWriter.fourcc(*'mp4v'), rate, size
                     ):
                         raise UnreadableError(
                             f'OpenCV writes no video of {size[0]} x {size[1]}; opencv-python has '

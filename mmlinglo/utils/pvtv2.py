@@ -28,8 +28,10 @@ instead of adding them up. PVTv2's queries and spatial reduction have no other u
 """
 
 import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import mmcv
 import numpy as np
@@ -46,18 +48,22 @@ from mmlinglo.checkpoint import (
     load_checkpoint_file,
     load_model_weights,
 )
-from mmlinglo.models import ConditionalPositionalEncoding, KeyOnlyAttention, LinGlo
+from mmlinglo.models import LinGlo
 from mmlinglo.models.network import ENCODINGS
 from mmlinglo.registry import WEIGHT_INITIALIZERS
 
 Weights = Dict[str, Tensor]
 Maps = List[Tensor]  # one tensor for each batch of images
+Layer = Any  # of either network; torch declares the parts of a module as `Tensor | Module`
 
 # LinGlo's depths, and PVTv2's where they differ.
 PVTV2_DEPTHS = {(2, 3, 3, 2): (2, 2, 2, 2), (3, 5, 9, 3): (3, 4, 6, 3)}
 
+# Where a tensor of LinGlo can come from, see convert_pvtv2.
+ORIGINS = ('taken', 'derived', 'repeated', 'new')
+
 # The name of the stem's kernel tells which names a file has. The rules turn them into timm's names.
-_TO_TIMM = {
+_TO_TIMM: Dict[str, List[Tuple[str, Any]]] = {
     'patch_embed.proj.weight': [(r'^stages_(\d+)\.', r'stages.\1.')],  # timm, also features_only
     'patch_embed1.proj.weight': [  # github.com/whai362/PVT, which counts stages from 1
         (r'^patch_embed1\.', 'patch_embed.'),
@@ -82,14 +88,8 @@ _TO_TIMM = {
 }
 
 
-class Conversion(NamedTuple):
-    """What :func:`convert_pvtv2` did."""
-
-    origins: Dict[str, str]  # of each tensor of LinGlo
-    differences: List[float]  # of each stage's output
-
-
 @WEIGHT_INITIALIZERS.register_module()
+@dataclass
 class PVTv2Init:
     """Start a LinGlo from a checkpoint of PVTv2 when a training starts.
 
@@ -109,19 +109,14 @@ class PVTv2Init:
         ValueError: If there are too few images.
     """
 
-    def __init__(
-        self,
-        checkpoint: str,
-        images: Optional[str] = None,
-        num_images: int = 256,
-        steps: int = 100,
-    ) -> None:
-        if num_images < 2:
-            raise ValueError(f'num_images must be at least 2, got {num_images}')
-        self.checkpoint = checkpoint
-        self.images = images
-        self.num_images = num_images
-        self.steps = steps
+    checkpoint: str
+    images: Optional[str] = None
+    num_images: int = 256
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2:
+            raise ValueError(f'num_images must be at least 2, got {self.num_images}')
 
     def __call__(self, linglo: LinGlo) -> None:
         weights, _ = timm_weights(load_checkpoint_file(self.checkpoint), self.checkpoint)
@@ -135,17 +130,13 @@ class PVTv2Init:
         training = linglo.training
         origins, differences = convert_pvtv2(pvtv2.to(device), linglo, batches, self.steps)
         linglo.train(training)
-        kinds = ', '.join(
-            f'{sum(origin == kind for origin in origins.values())} {kind}'
-            for kind in ('taken', 'derived', 'repeated', 'new')
-        )
         info = f'{type(self).__name__}: {self.checkpoint}'
-        if hasattr(linglo, '_params_init_info'):
-            update_init_info(
-                linglo, init_info=info
-            )  # otherwise mmengine reports all weights as unchanged
+        if hasattr(linglo, '_params_init_info'):  # else mmengine reports all weights as unchanged
+            update_init_info(linglo, init_info=info)
+        counts = Counter(origins.values())
         print_log(
-            f'{info}: {kinds} of {len(origins)} tensors. Difference between the outputs of its stages and those of PVTv2: '
+            f'{info}: {", ".join(f"{counts[origin]} {origin}" for origin in ORIGINS)} of {len(origins)} tensors. '
+            'Difference between the outputs of its stages and those of PVTv2: '
             f'{", ".join(f"{difference:.1%}" for difference in differences)}',
             logger='current',
         )
@@ -241,9 +232,8 @@ def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weigh
         else:
             backbone[name] = value
     for layer in ('head.fc', f'{prefix}head'):
-        names = [f'{layer}.weight', f'{layer}.bias']
-        if all(name in weights for name in names):
-            return backbone, dict(zip(('weight', 'bias'), map(weights.get, names)))
+        if f'{layer}.weight' in weights and f'{layer}.bias' in weights:
+            return backbone, {name: weights[f'{layer}.{name}'] for name in ('weight', 'bias')}
     return backbone, None
 
 
@@ -284,8 +274,8 @@ def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
 
 
 def convert_pvtv2(
-    pvtv2: nn.Module, linglo: LinGlo, images: List[Tensor], steps: int = 200
-) -> Conversion:
+    pvtv2: Layer, linglo: LinGlo, images: Maps, steps: int = 200
+) -> Tuple[Dict[str, str], List[float]]:
     """Give a LinGlo the initial values that this module describes, in place.
 
     Args:
@@ -309,14 +299,13 @@ def convert_pvtv2(
     _check_variant(linglo)
     if len(images) < 2:
         raise ValueError(f'at least 2 batches of images are needed, got {len(images)}')
-    return _Converter(pvtv2, linglo.eval(), images, steps).convert()
+    return _Converter(linglo.eval(), images, steps).convert(pvtv2)
 
 
 class _Converter:
     """State of :func:`convert_pvtv2`: the current maps (B, H, W, C) of both networks."""
 
-    def __init__(self, pvtv2: nn.Module, linglo: LinGlo, images: List[Tensor], steps: int) -> None:
-        self.pvtv2 = pvtv2
+    def __init__(self, linglo: Layer, images: Maps, steps: int) -> None:
         self.linglo = linglo
         self.steps = steps
         self.images = images
@@ -325,16 +314,15 @@ class _Converter:
         self.names = {module: name for name, module in linglo.named_modules()}
 
     @torch.no_grad()
-    def convert(self) -> Conversion:
-        self._take(self.linglo.patch_embed.conv, self.pvtv2.patch_embed.proj)
-        self._take(self.linglo.patch_embed.norm, self.pvtv2.patch_embed.norm)
-        self.target = [self.pvtv2.patch_embed(batch) for batch in self.images]
+    def convert(self, pvtv2: Layer) -> Tuple[Dict[str, str], List[float]]:
+        self._take(self.linglo.patch_embed.conv, pvtv2.patch_embed.proj)
+        self._take(self.linglo.patch_embed.norm, pvtv2.patch_embed.norm)
+        self.target = [pvtv2.patch_embed(batch) for batch in self.images]
         self.maps = [self.linglo.patch_embed(batch) for batch in self.images]
         differences = []
-        previous = None
-        for i, (theirs, ours) in enumerate(zip(self.pvtv2.stages, self.linglo.stages)):
-            if previous is not None:
-                self._downsample(ours.downsample, theirs.downsample, previous.norm)
+        for i, (theirs, ours) in enumerate(zip(pvtv2.stages, self.linglo.stages)):
+            if i:
+                self._downsample(ours.downsample, theirs.downsample, pvtv2.stages[i - 1].norm)
             for j, block in enumerate(ours.blocks):
                 # The repetitions of each PVTv2 block follow it.
                 index = j * len(theirs.blocks) // len(ours.blocks)
@@ -345,17 +333,16 @@ class _Converter:
             self.target = [theirs.norm(x) for x in self.target]
             differences.append(self._difference(theirs.norm))
             print_log(f'stage {i} of {len(self.linglo.stages)} converted', logger='current')
-            previous = theirs
         for i in self.linglo.out_indices:
-            self._take(getattr(self.linglo, f'norm{i}'), self.pvtv2.stages[i].norm)
-        return Conversion(self.origins, differences)
+            self._take(getattr(self.linglo, f'norm{i}'), pvtv2.stages[i].norm)
+        return self.origins, differences
 
-    def _downsample(self, ours: nn.Module, theirs: nn.Module, norm: nn.LayerNorm) -> None:
+    def _downsample(self, ours: Layer, theirs: Layer, norm: nn.LayerNorm) -> None:
         self._take(ours.norm, theirs.norm)
-        spread = 1 / torch.cat([_inverse_spread(x, norm.eps) for x in self.maps]).mean()
+        inverse = [(x.var(-1, unbiased=False) + norm.eps).rsqrt().flatten() for x in self.maps]
+        spread = 1 / torch.cat(inverse).mean()
         kernel = theirs.proj.weight * norm.weight.view(1, -1, 1, 1)
-        kernel = (kernel - kernel.mean(1, keepdim=True)) / spread
-        ours.conv.weight.copy_(kernel)
+        ours.conv.weight.copy_((kernel - kernel.mean(1, keepdim=True)) / spread)
         # At the borders, this bias is too large, because PVTv2's padding is 0 after the norm.
         ours.conv.bias.copy_(theirs.proj.bias + theirs.proj.weight.sum((2, 3)) @ norm.bias)
         self._mark(ours.conv, 'derived')
@@ -364,43 +351,61 @@ class _Converter:
         self._fit(ours, ours.conv, inputs, self.target, learning_rate=1e-3)
         self.maps = [ours(x) for x in inputs]
 
-    def _block(self, ours: nn.Module, theirs: nn.Module) -> None:
+    def _block(self, ours: Layer, theirs: Layer) -> None:
         self._take(ours.norm1, theirs.norm1)
         self._take(ours.norm2, theirs.norm2)
         self._take(ours.ffn.fc1, theirs.mlp.fc1)
         self._take(ours.ffn.fc2, theirs.mlp.fc2)
-        _start_attention(ours.attn, theirs.attn)
-        self._mark(ours.attn.key, 'derived')
-        self._mark(ours.attn.proj, 'derived')
+        self._start_attention(ours.attn, theirs.attn)
         self.target = [x + _on_tokens(theirs.attn, theirs.norm1(x)) for x in self.target]
         inputs = [ours.norm1(x).flatten(1, 2) for x in self.maps]
         missing = [(x - y).flatten(1, 2) for x, y in zip(self.target, self.maps)]
         self._fit(ours.attn, ours.attn, inputs, missing, learning_rate=5e-3)
         self.maps = [x + ours.attn(tokens).view_as(x) for x, tokens in zip(self.maps, inputs)]
-        self._encoding(ours, theirs.mlp.dwconv)
+        self._start_encoding(ours, theirs.mlp.dwconv)
         self.target = [x + _on_tokens(theirs.mlp, theirs.norm2(x)) for x in self.target]
         self.maps = [x + ours.ffn(ours.norm2(x)) for x in self.maps]
 
-    def _repeat(self, ours: nn.Module, before: nn.Module, theirs: nn.Module) -> None:
+    def _repeat(self, ours: Layer, before: Layer, theirs: Layer) -> None:
         ours.load_state_dict(before.state_dict())
+        self._start_encoding(ours, theirs.mlp.dwconv)
         self._mark(ours, 'repeated')
         for last in (ours.attn.proj, ours.ffn.fc2):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self._mark(last, 'new')
-        self._encoding(ours, theirs.mlp.dwconv)
 
-    def _encoding(self, block: nn.Module, dwconv: nn.Conv2d) -> None:
-        hidden = (block.ffn.fc1(block.norm2(x)).permute(0, 3, 1, 2) for x in self.maps)
-        _start_encoding(block.ffn.pos_encoding, dwconv, hidden)
-        if self.origins[f'{self.names[block]}.norm1.weight'] == 'taken':
-            self._mark(block.ffn.pos_encoding.branches[0], 'derived')
+    def _start_attention(self, ours: Layer, theirs: Layer) -> None:
+        channels = ours.key.in_features
+        ours.key.weight.copy_(theirs.kv.weight[channels:])
+        ours.key.bias.copy_(theirs.kv.bias[channels:])
+        ours.proj.load_state_dict(theirs.proj.state_dict())
+        for zero in (ours.saliency, ours.value.weight, ours.mix.bias):
+            nn.init.zeros_(zero)
+        nn.init.ones_(ours.value.bias)
+        nn.init.eye_(ours.mix.weight)
+        self._mark(ours.key, 'derived')
+        self._mark(ours.proj, 'derived')
 
-    def _take(self, ours: nn.Module, theirs: nn.Module) -> None:
+    def _start_encoding(self, block: Layer, dwconv: nn.Conv2d) -> None:
+        encoding = block.ffn.pos_encoding
+        first, *others = encoding.branches
+        first.conv.weight.copy_(dwconv.weight)
+        if encoding.skip:
+            centre = encoding.kernel_size // 2
+            first.conv.weight[:, 0, centre, centre] -= 1
+        update_bn((block.ffn.fc1(block.norm2(x)).permute(0, 3, 1, 2) for x in self.maps), encoding)
+        first.bn.weight.copy_((first.bn.running_var + first.bn.eps).sqrt())
+        first.bn.bias.copy_(first.bn.running_mean + dwconv.bias)
+        for branch in others:
+            nn.init.zeros_(branch.bn.weight)
+        self._mark(first, 'derived')
+
+    def _take(self, ours: Layer, theirs: Layer) -> None:
         ours.load_state_dict(theirs.state_dict())
         self._mark(ours, 'taken')
 
-    def _mark(self, layer: nn.Module, origin: str) -> None:
+    def _mark(self, layer: Layer, origin: str) -> None:
         for name in layer.state_dict():
             self.origins[f'{self.names[layer]}.{name}'] = origin
 
@@ -411,12 +416,7 @@ class _Converter:
 
     @torch.enable_grad()
     def _fit(
-        self,
-        layer: nn.Module,
-        part: nn.Module,
-        inputs: Maps,
-        targets: Maps,
-        learning_rate: float,
+        self, layer: Layer, part: Layer, inputs: Maps, targets: Maps, learning_rate: float
     ) -> None:
         """Fit the parameters of a part of a layer by least squares, with Adam and a cosine schedule."""
         if not self.steps:
@@ -436,40 +436,9 @@ class _Converter:
         layer.eval()
 
 
-def _inverse_spread(x: Tensor, eps: float) -> Tensor:
-    return (x.var(-1, unbiased=False) + eps).rsqrt().flatten()
-
-
-def _on_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+def _on_tokens(layer: Layer, x: Tensor) -> Tensor:
     """Apply a layer of PVTv2, which takes tokens, to a map (B, H, W, C)."""
     return layer(x.flatten(1, 2), x.shape[1:3]).view_as(x)
-
-
-def _start_attention(ours: KeyOnlyAttention, theirs: nn.Module) -> None:
-    channels = ours.key.in_features
-    ours.key.weight.copy_(theirs.kv.weight[channels:])
-    ours.key.bias.copy_(theirs.kv.bias[channels:])
-    ours.proj.load_state_dict(theirs.proj.state_dict())
-    nn.init.zeros_(ours.saliency)
-    nn.init.zeros_(ours.value.weight)
-    nn.init.ones_(ours.value.bias)
-    nn.init.eye_(ours.mix.weight)
-    nn.init.zeros_(ours.mix.bias)
-
-
-def _start_encoding(
-    encoding: ConditionalPositionalEncoding, dwconv: nn.Conv2d, maps: Iterator[Tensor]
-) -> None:
-    first, *others = encoding.branches
-    first.conv.weight.copy_(dwconv.weight)
-    if encoding.skip:
-        centre = encoding.kernel_size // 2
-        first.conv.weight[:, 0, centre, centre] -= 1
-    update_bn(maps, encoding)
-    first.bn.weight.copy_((first.bn.running_var + first.bn.eps).sqrt())
-    first.bn.bias.copy_(first.bn.running_mean + dwconv.bias)
-    for branch in others:
-        nn.init.zeros_(branch.bn.weight)
 
 
 def _check_variant(linglo: LinGlo) -> None:

@@ -1,35 +1,32 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-import math
-
+import pandas as pd
 import pytest
 import torch
 from conftest import TINY_ARCH
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import mmlinglo
 from mmlinglo import LinGlo
-from mmlinglo.analysis import bars, benchmark, figures
-from mmlinglo.analysis.bars import Bar, Literally, Work, attention, attention_shapes, saved_mib
+from mmlinglo.analysis import bars, benchmark, figures, peers
+from mmlinglo.analysis.bars import Bar, Layer, list_layers, measure_saved_mib
 from mmlinglo.analysis.benchmark import (
     Setting,
-    Variant,
     add_ratios,
-    build_step,
+    list_settings,
     make_step,
     measure_backbones,
-    padded,
-    sweep,
+    pad,
     time_steps,
-    variants_of,
 )
 from mmlinglo.analysis.figures import plot_accuracy, plot_sweep
-from mmlinglo.analysis.memory import OutOfMemoryError, ProcessDiedError, call_in_fresh_process
-from mmlinglo.analysis.peers import PEERS, build_backbone, fuse
+from mmlinglo.analysis.memory import OutOfMemoryError, call_in_fresh_process
+from mmlinglo.analysis.peers import PEERS, STAGES, build_backbone, fuse
+from mmlinglo.models.fast import FFN, ConditionalPositionalEncoding
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +52,14 @@ def test_every_backbone_builds(name):
         with torch.device('meta'):
             assert build_backbone(name, (224, 224))(torch.empty(1, 3, 224, 224)).dim() == 2
         with pytest.raises(ValueError, match='no four feature maps'):
-            build_backbone(name, (64, 96), maps=True)
+            build_backbone(name, (64, 96), STAGES)
         return
     with torch.no_grad():
-        model = build_backbone(name, (64, 96), maps=True)
+        model = build_backbone(name, (64, 96), STAGES)
         maps = model(torch.zeros(1, 3, 64, 96))
-    sizes = [set(m.shape[1:3] if 'swin_' in name else m.shape[2:]) for m in maps]
-    assert sizes == [{16, 24}, {8, 12}, {4, 6}, {2, 3}]
+    assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    last = build_backbone(name, (64, 96), STAGES[3:])(torch.zeros(1, 3, 64, 96))
+    assert [m.shape for m in last] == [maps[3].shape]
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     assert has_batch_norm == peer.fused
     if peer.top1 is not None:
@@ -82,10 +80,10 @@ def test_attention_of_the_fourth_figure():
             return out
 
     # Stage 1 of a 128-pixel image: N = 32 * 32 positions, one head, batch 2.
-    setting = Setting(batch_size=2, shape=(128, 128), train_step=True)
     for name in ('linglo_b0', 'linglo_b0_dot_product', 'linglo_b0_dot_product_materialised'):
         model = build_backbone(name, (128, 128), fused=True)
-        steps = [build_step(Variant(name), setting), lambda m=model: m(torch.zeros(2, 3, 128, 128))]
+        setting = Setting(name, batch_size=2, shape=(128, 128), train_step=True)
+        steps = [setting.build_step(), lambda m=model: m(torch.zeros(2, 3, 128, 128))]
         for step in steps:
             with LargestTensor() as largest:
                 step()
@@ -133,7 +131,7 @@ def test_peers_have_their_published_parameters(name, channels, heads, millions):
     'name', ['swiftformer_xs', 'fastvit_t8', 'efficientformerv2_s0', 'repvit_m0_9', 'resnet18']
 )
 def test_fused_peers_agree(name, maps):
-    model = build_backbone(name, (64, 64), maps)
+    model = build_backbone(name, (64, 64), STAGES if maps else ())
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -157,39 +155,38 @@ def test_build_backbone_refuses():
     with pytest.raises(ValueError, match="'pvt_v2_b0' has nothing to fuse"):
         build_backbone('pvt_v2_b0', (64, 64), fused=True)
     with pytest.raises(ValueError, match="'linglo_b0': the fused form is not for training"):
-        build_step(Variant('linglo_b0', fused=True), Setting(train_step=True))
+        Setting('linglo_b0', fused=True, train_step=True)
 
 
 # --- the comparison
 
 
 def test_settings():
-    assert padded((800, 1333)) == (800, 1344)
-    assert padded((224, 224)) == (224, 224)
+    assert pad((800, 1333)) == (800, 1344)
+    assert pad((224, 224)) == (224, 224)
     with pytest.raises(ValueError, match='at least 32 pixels'):
-        Setting(shape=(224, 16))
-    with pytest.raises(ValueError, match='autocast is of float32'):
-        Setting(autocast=True, dtype=torch.bfloat16)
+        Setting('resnet18', shape=(224, 16))
     with pytest.raises(ValueError, match=r'at least 64 pixels.*got \(32, 64\)'):
-        Setting(shape=(32, 64), train_step=True)
-    for name in ('threads', 'batch_size'):
-        with pytest.raises(ValueError, match='must be at least 1, got 0'):
-            Setting(**{name: 0})
+        Setting('resnet18', shape=(32, 64), train_step=True)
+    with pytest.raises(ValueError, match='must be at least 1, got 0'):
+        Setting('resnet18', batch_size=0)
+    with pytest.raises(ValueError, match='no four feature maps'):
+        Setting('coatnet_0_224', maps=True)
 
 
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(ValueError, match="device 'cuda': PyTorch finds no GPU here"):
-        Setting(device='cuda')
+        Setting('resnet18', device='cuda')
 
 
-def test_variants():
-    both = variants_of(['linglo_b0', 'pvt_v2_b0'])
-    assert both == [Variant('linglo_b0'), Variant('linglo_b0', True), Variant('pvt_v2_b0')]
-    compiled = variants_of(['resnet18'], ['fused'], compiled=True)
-    assert compiled == [Variant('resnet18', True), Variant('resnet18', True, True)]
-    with pytest.raises(ValueError, match='no model vgg; there are linglo_b0'):
-        variants_of(['vgg'])
+def test_list_of_settings():
+    both = list_settings(['linglo_b0', 'pvt_v2_b0'])
+    assert both == [Setting('linglo_b0'), Setting('linglo_b0', True), Setting('pvt_v2_b0')]
+    compiled = list_settings(['resnet18'], ['fused'], compiled=True, batch_size=3)
+    assert compiled == [Setting('resnet18', True, engine, 3) for engine in (False, True)]
+    with pytest.raises(ValueError, match="no backbone 'vgg'; there are linglo_b0"):
+        list_settings(['vgg'])
 
 
 def test_timing_is_interleaved():
@@ -218,29 +215,28 @@ def test_steps():
         torch.testing.assert_close(parameter.grad, first[name])
 
 
-def test_whole_setting_reaches_the_step(monkeypatch):
+@pytest.mark.parametrize('dtype', ['bfloat16', 'autocast'])
+def test_whole_setting_reaches_the_step(monkeypatch, dtype):
     seen = {}
     monkeypatch.setattr(
-        benchmark, 'make_step', lambda *args: seen.update(zip(('model', 'images'), args))
+        benchmark, 'make_step', lambda model, x, **how: seen.update(how, model=model, images=x)
     )
-    setting = Setting(
-        shape=(64, 96), batch_size=2, dtype=torch.bfloat16, channels_last=True, train_step=True
-    )
-    build_step(Variant('resnet18'), setting)
+    Setting('resnet18', batch_size=2, shape=(64, 96), train_step=True, dtype=dtype).build_step()
     assert seen['images'].shape == (2, 3, 64, 96)
     assert seen['model'].training
+    assert seen['train_step']
+    assert seen['autocast'] == (dtype == 'autocast')
     for tensor in (seen['images'], seen['model'].conv1.weight):
-        assert tensor.dtype == torch.bfloat16
-        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert tensor.dtype == (torch.float32 if dtype == 'autocast' else torch.bfloat16)
 
 
 def test_profile_in_a_process_of_its_own():
     small, large = (
         call_in_fresh_process(
-            benchmark._profile,
-            Variant('resnet18'),
-            Setting(shape=(size, size), threads=1, maps=True),
-            None,
+            benchmark.profile,
+            Setting('resnet18', shape=(64, 64), maps=True),
+            Setting('resnet18', shape=(size, size), maps=True),
+            threads=1,
         )
         for size in (64, 640)
     )
@@ -253,16 +249,14 @@ def test_profile_in_a_process_of_its_own():
 def fake_processes(monkeypatch, profiles):
     """Results of the processes: given profiles, and 10 ms more for each backbone timed."""
 
-    def call(function, *args, limited=False):
-        assert not limited
-        if function is benchmark._profile:
-            outcome = profiles(args[0], args[1])
-            if isinstance(outcome, Exception):
-                raise outcome
+    def call(function, *args, threads):
+        assert threads is None
+        outcome = profiles(args[1] if function is benchmark.profile else None)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if function is benchmark.profile:
             return outcome
-        if isinstance(profiles(None, None), Exception):
-            raise profiles(None, None)
-        return {variant: [9.0 * i, 10.0 * i, 12.0 * i] for i, variant in enumerate(args[0], 1)}
+        return {setting: [9.0 * i, 10.0 * i, 12.0 * i] for i, setting in enumerate(args[0], 1)}
 
     monkeypatch.setattr(benchmark, 'call_in_fresh_process', call)
 
@@ -272,12 +266,12 @@ def test_rows_and_what_did_not_fit(monkeypatch):
         'linglo_b0': (50.0, 0.5),
         'pvt_v2_b0': OutOfMemoryError('x'),
         'swin_tiny_patch4_window7_224': (70.0, 3.0),
-        'poolformer_s12': ProcessDiedError(-11),
+        'poolformer_s12': ProcessExitedException('x', 0, 1, -11, 'SIGSEGV'),
         'resnet18': (80.0, 1.0),
     }
-    fake_processes(monkeypatch, lambda variant, _: outcomes[variant.model] if variant else None)
-    variants = variants_of(list(outcomes), ['trained'], compiled=True)
-    rows = measure_backbones(variants, Setting(batch_size=4), 2, max_seconds=2.0)
+    fake_processes(monkeypatch, lambda setting: outcomes[setting.model] if setting else None)
+    settings = list_settings(list(outcomes), ['trained'], compiled=True, batch_size=4)
+    rows = list(measure_backbones(settings, [(224, 224)], 2, max_seconds=2.0))
     found = {(row['model'], row['engine']): row for row in rows}
     status = {key: row['status'] for key, row in found.items()}
     for engine in ('eager', 'compiled'):
@@ -297,11 +291,14 @@ def test_rows_and_what_did_not_fit(monkeypatch):
     slow = found['swin_tiny_patch4_window7_224', 'eager']
     assert (slow['latency_ms'], slow['images_per_s'], slow['peak_memory_mib']) == (None, None, 70.0)
     assert found['resnet18', 'compiled']['peak_memory_mib'] is None
+    # Libraries that do not check their allocations crash at a limit.
+    (row,) = measure_backbones([Setting('poolformer_s12')], [(224, 224)], 2, memory_limit=1.0)
+    assert row['status'] == 'out of memory'
 
 
 def test_all_out_of_memory_together(monkeypatch):
-    fake_processes(monkeypatch, lambda variant, _: (1.0, 1.0) if variant else OutOfMemoryError())
-    (row,) = measure_backbones([Variant('resnet18')], Setting(), 2)
+    fake_processes(monkeypatch, lambda setting: (1.0, 1.0) if setting else OutOfMemoryError())
+    (row,) = measure_backbones([Setting('resnet18')], [(224, 224)], 2)
     assert (row['status'], row['latency_ms']) == ('out of memory', None)
 
 
@@ -310,23 +307,23 @@ def test_what_cannot_be_counted_is_said(monkeypatch):
     qr = nn.Module()
     qr.forward = lambda x: torch.linalg.qr(x)
     monkeypatch.setattr(benchmark, 'build_backbone', lambda *_: qr)
-    (row,) = measure_backbones([Variant('resnet18')], Setting(), 2)
+    (row,) = measure_backbones([Setting('resnet18')], [(224, 224)], 2)
     assert (row['status'], row['macs_g']) == ('ok', None)
     assert 'linalg_qr' in row['not_counted']
 
 
 def test_sweep_stops_each_at_its_limit(monkeypatch):
-    def profile(variant, setting):
-        if variant is None:
+    def profile(setting):
+        if setting is None:
             return None
-        if variant.model == 'pvt_v2_b0' and setting.shape == (128, 128):
+        if setting.model == 'pvt_v2_b0' and setting.shape == (128, 128):
             return OutOfMemoryError('x')
         return 1.0, setting.shape[0] / 64  # 4 s at 256
 
     fake_processes(monkeypatch, profile)
-    rows = list(
-        sweep(['linglo_b0', 'pvt_v2_b0'], [512, 64, 128, 256, 64], Setting(), max_seconds=3)
-    )
+    settings = list_settings(['linglo_b0', 'pvt_v2_b0'], ['fused'])
+    shapes = [(size, size) for size in (512, 64, 128, 256, 64)]
+    rows = list(measure_backbones(settings, shapes, max_seconds=3))
     found = [(row['model'], row['form'], row['width'], row['status']) for row in rows]
     assert found == [
         ('linglo_b0', 'fused', 64, 'ok'),
@@ -337,22 +334,9 @@ def test_sweep_stops_each_at_its_limit(monkeypatch):
     ]
 
 
-def test_backbones_without_maps():
-    with pytest.raises(ValueError, match='coatnet_0_224: no four feature maps'):
-        measure_backbones([Variant('coatnet_0_224')], Setting(maps=True))
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (dict(rounds=1), 'rounds must be at least 2, got 1'),
-        (dict(limit_gib=0), 'memory limit must be above 0, got 0'),
-        (dict(max_seconds=math.nan), 'maximum of seconds must be above 0, got nan'),
-    ],
-)
-def test_measure_backbones_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        measure_backbones([Variant('resnet18')], Setting(), **arguments)
+def test_one_round_is_too_little():
+    with pytest.raises(ValueError, match='rounds must be at least 2, got 1'):
+        time_steps(dict(a=int), rounds=1)
 
 
 def row(model, latency, form='trained', engine='eager', width=224, **more):
@@ -389,7 +373,8 @@ def test_labels_do_not_cover_each_other():
     axes = Figure().subplots()
     places = dict(first=(1.0, 1.0), second=(1.02, 1.0), third=(1.04, 1.0), far=(2.0, 2.0))
     axes.plot(*zip(*places.values()), 'o')
-    figures._label_points(axes, [(name, *place, False) for name, place in places.items()])
+    points = [(name, *place) for name, place in places.items()]
+    figures._label_points(axes, pd.DataFrame(points, columns=['label', 'x', 'y']))
     assert sorted(text.get_text() for text in axes.texts) == sorted(places)
     boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to the points
     assert not any(box.count_overlaps(boxes[:i]) for i, box in enumerate(boxes))
@@ -417,16 +402,19 @@ def test_figures_are_written(tmp_path, latency):
 
 
 def test_bar_verdicts():
-    at_most = Bar('a', 's', 'ms', ours=40.0, theirs=50.0, at_most=0.85).row()
+    layer = Layer(1, 2, 3, 4)
+    bar = Bar('a', 'time', layer, at_most=0.85)
+    at_most = bar.make_row(40.0, 50.0)
     assert (at_most['ratio'], at_most['verdict']) == (0.8, 'met')
     assert at_most['bar'] == 'ours / theirs <= 0.85'
-    assert Bar('a', 's', 'ms', ours=45.0, theirs=50.0, at_most=0.85).row()['verdict'] == 'missed'
-    at_least = Bar('a', 's', 'ms', ours=10.0, theirs=35.0, at_least=3.0).row()
+    assert bar.make_row(45.0, 50.0)['verdict'] == 'missed'
+    bar = Bar('a', 'time', layer, at_least=3.0)
+    at_least = bar.make_row(10.0, 35.0)
     assert (at_least['ratio'], at_least['verdict']) == (3.5, 'met')
-    missed = Bar('a', 's', 'ms', ours=10.0, theirs=25.0, at_least=3.0).row()
+    missed = bar.make_row(10.0, 25.0)
     assert missed == dict(
         what='a',
-        shape='s',
+        shape='B 1, N 2, C 3, heads 4',
         unit='ms',
         ours=10.0,
         theirs=25.0,
@@ -434,15 +422,15 @@ def test_bar_verdicts():
         bar='theirs / ours >= 3',
         verdict='missed',
     )
-    statement = Bar('a', 's', 'GFLOP/s', ours=30.0, theirs=120.0).row()
+    statement = Bar('a', 'speed', layer).make_row(30.0, 120.0)
     assert (statement['ratio'], statement['bar'], statement['verdict']) == (0.25, None, None)
 
 
-def test_attention_shapes():
-    shapes = attention_shapes()
+def test_attention_layers():
+    shapes = [layer[:4] for layer in list_layers()]
     # 224 / 4 = 56, 56 ** 2 = 3136; 800 / 4 * 1344 / 4 = 200 * 336 = 67200; 25 * 42 = 1050
     assert {(1, 3136, 32, 1), (8, 3136, 64, 1), (1, 67200, 64, 1), (1, 1050, 512, 8)} <= set(shapes)
-    assert {shape for shape, *_ in bars.ATTENTION_BARS} <= set(shapes)
+    assert {layer[:4] for layer, *_ in bars.ATTENTION_BARS} <= set(shapes)
     assert len(shapes) == 24  # 4 stages x 3 batches x 2 widths: b2's are b1's
 
 
@@ -453,7 +441,10 @@ def test_saved_for_backward():
     y = torch.randn(2 * mebi)
 
     def saved(forward, *parameters):
-        return saved_mib(Work(forward, None, parameters))
+        model = nn.Module()
+        model.parameters_ = nn.ParameterList(parameters)
+        model.forward = forward
+        return measure_saved_mib(model)
 
     assert saved(lambda: x.exp().sin()) == 1  # of both, the result of exp
     assert saved(lambda: x * weight) == 2
@@ -462,75 +453,68 @@ def test_saved_for_backward():
     assert saved(lambda: x + weight) == 0
 
 
-def test_a_layer_is_literal_within_a_network_that_is_not():
+def test_a_layer_in_the_literal_order():
     """Their outputs agree, and only the literal one executes the products of the definition."""
-    shape = (2, 600, 8, 2)  # many positions, few channels: rewritten
     for train in (False, True):
-        torch.manual_seed(0)
-        ours = attention(shape, train=train)
-        torch.manual_seed(0)
-        theirs = attention(shape, literal=True, train=train)
-        products = []
-        for work in (ours, theirs):
+        layer = Layer(2, 600, 8, 2, train)  # many positions, few channels: rewritten
+        products, results = [], []
+        for each in (layer, layer._replace(literal=True)):
+            torch.manual_seed(0)
+            attention, x = each.build()
             with torch.profiler.profile() as profile:
-                work.forward()
+                output = attention(x)
             names = [event.name for event in profile.events()]
             products.append((names.count('aten::linear'), names.count('aten::baddbmm')))
+            step = make_step(attention, x, train_step=train)
+            stepped = step()
+            gradients = [tensor.grad for tensor in (x, *attention.parameters())]
+            results.append([output, *gradients] if train else [output, stepped])
         assert products == [(0, 1), (4, 0)]
-        for a, b in zip(as_list(ours.step()), as_list(theirs.step())):
+        for a, b in zip(*results):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_encodings_of_the_bars(monkeypatch):
     """One convolution, the four branches, and one plain convolution: same maps of the first two."""
-    small = LinGlo(TINY_ARCH, out_indices=-1)
-    monkeypatch.setattr(bars, 'build_backbone', lambda *_: bars.Plain(small, maps=False))
-    monkeypatch.setattr(bars, 'LinGlo', lambda _, **kwargs: LinGlo(TINY_ARCH, **kwargs))
-    works = {}
-    for encoding in bars.ENCODINGS:
+    monkeypatch.setattr(peers, 'LinGlo', lambda _, **kwargs: LinGlo(TINY_ARCH, **kwargs))
+    outputs, norms = [], []
+    for name in ('linglo_b0', 'linglo_b0_branches', 'linglo_b0_plain'):
         torch.manual_seed(1)
-        works[encoding] = bars.network('linglo_b0', (64, 64), 2, train=True, encoding=encoding)
-    literal = [m for m in small.modules() if isinstance(m, Literally)]
-    assert len(literal) == 5  # blocks
-    outputs = {encoding: work.forward() for encoding, work in works.items()}
-    with mmlinglo.literal():
-        torch.testing.assert_close(
-            outputs['branches'], small(literal_images(works))[-1].mean((2, 3))
-        )
-    for work in works.values():
-        work.step()
-        assert all(parameter.grad is not None for parameter in work.parameters)
+        setting = Setting(name, batch_size=2, shape=(64, 64), train_step=True)
+        model, images = setting.build()
+        layers = [m for m in model.modules() if isinstance(m, (FFN, ConditionalPositionalEncoding))]
+        assert {layer.fast for layer in layers} == {False if 'branches' in name else None}
+        assert sum(isinstance(layer, FFN) for layer in layers) == 5  # blocks
+        outputs.append(model(images))
+        norms.append(sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()))
+        make_step(model, images, train_step=True)()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert norms[0] == norms[1] > norms[2] == 0
 
 
-def literal_images(works):
-    return works['branches'].forward.args[0]
-
-
-def test_worst_attention_shape_is_measured_again(monkeypatch):
+def test_worst_attention_layer_is_measured_again(monkeypatch):
     """What was disturbed in the few rounds does not count, what is slow in the many does."""
     disturbed, slow = (8, 49, 512, 8), (1, 49, 256, 8)
 
-    def fake(shape, _, rounds):
+    def fake(bar, _, rounds):
         assert rounds in (2, 8)
         ratios = {disturbed: {2: 1.5, 8: 1.0}, slow: {2: 1.1, 8: 1.1}}
-        return ratios.get(shape, {}).get(rounds, 0.9), 1.0
+        return ratios.get(bar.ours[:4], {}).get(rounds, 0.9), 1.0
 
-    assert {disturbed, slow} <= set(attention_shapes())
-    monkeypatch.setattr(bars, 'attention_times', fake)
-    worst = [bar for bar in bars.attention_speed(2) if 'worst' in bar.what]
-    assert len(worst) == 2
-    for bar in worst:
-        row = bar.row()
+    assert {disturbed, slow} <= {layer[:4] for layer in list_layers()}
+    monkeypatch.setattr(bars, 'measure_pair', fake)
+    for train_step in (False, True):
+        row = bars.compare_worst_layer(train_step, 1, 2)
         assert (row['ratio'], row['verdict']) == (pytest.approx(1.1), 'missed')
-        assert bar.shape == 'B 1, N 49, C 256, heads 8'
+        assert row['shape'] == 'B 1, N 49, C 256, heads 8'
         assert row['bar'] == 'ours / theirs <= 1.05'
+        assert 'worst of 24' in row['what']
 
 
 @pytest.mark.slow
 def test_peak_of_an_attention_layer():
-    small, large = (
-        call_in_fresh_process(bars.attention_peak, shape, False, 1) for shape in bars.GROWTH_SHAPES
-    )
+    large, small = bars.measure_pair(Bar('growth', 'peak', *bars.GROWTH_LAYERS[::-1]), 1, 2)
     maps = 8 * 3136 * 64 * 4 / 2**20
     assert small > 4 * maps  # x, output, their gradients
     assert 3 < large / small < bars.GROWTH

@@ -7,7 +7,8 @@ import torch
 from conftest import TINY_ARCH, import_tool, run_tool
 
 from mmlinglo import LinGlo
-from mmlinglo.analysis import bars, benchmark
+from mmlinglo.analysis import bars, benchmark, peers
+from mmlinglo.analysis.bars import Layer
 from mmlinglo.utils.cli import UsageError
 
 TOOL = 'tools/analysis_tools/benchmark_backbones.py'
@@ -45,9 +46,10 @@ def is_png(path):
 
 
 def test_comparison(run_here, tmp_path, capsys):
-    args = '--device cpu --models linglo_b0 resnet18 --shape 60 64 --no-memory --reference resnet18'
+    args = '--device cpu --models resnet18 linglo_b0 --shape 60 64 --no-memory'
     source, rows = run_here(*args.split())
     assert (source['threads'], source['dtype'], source['rounds']) == (1, 'float32', 2)
+    assert source['reference'] == 'resnet18'
     assert 'timm' in source['versions']
     found = {(row['model'], row['form']): row for row in rows}
     assert set(found) == {
@@ -70,8 +72,8 @@ def test_comparison(run_here, tmp_path, capsys):
 
 def test_training(run_here):
     args = '--device cpu --mode train --models resnet18 --shape 64 64 --batch-size 2 --no-memory'
-    source, (row,) = run_here(*args.split(), '--dtype', 'autocast', '--channels-last')
-    assert (source['mode'], source['autocast'], source['channels_last']) == ('train', True, True)
+    source, (row,) = run_here(*args.split(), '--dtype', 'autocast')
+    assert (source['mode'], source['autocast'], source['dtype']) == ('train', True, 'float32')
     assert (row['form'], row['status'], row['latency_ratio']) == ('trained', 'ok', 1)
     assert row['images_per_s'] == pytest.approx(2000 / row['latency_ms'])
 
@@ -79,7 +81,7 @@ def test_training(run_here):
 def test_sweep(run_here, tmp_path, monkeypatch, capsys):
     # 64 pixels take 1 s, 96 take 2.25 s.
     monkeypatch.setattr(
-        benchmark, '_profile', lambda _, setting, __: (10.0, (setting.shape[0] / 64) ** 2)
+        benchmark, 'profile', lambda _, setting, __: (10.0, (setting.shape[0] / 64) ** 2)
     )
     args = '--device cpu --sweep --models linglo_b0 --sizes 96 64 128 --max-seconds 2'
     source, rows = run_here(*args.split())
@@ -90,9 +92,9 @@ def test_sweep(run_here, tmp_path, monkeypatch, capsys):
     assert 'linglo_b0, 96 pixels: too slow' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(('options', 'form'), [([], 'fused'), (['--train-step'], 'trained')])
+@pytest.mark.parametrize(('options', 'form'), [([], 'fused'), (['--mode', 'train'], 'trained')])
 def test_attention_is_a_sweep(run_here, monkeypatch, options, form):
-    monkeypatch.setattr(benchmark, '_profile', lambda *_: (10.0, 1.0))
+    monkeypatch.setattr(benchmark, 'profile', lambda *_: (10.0, 1.0))
     args = '--device cpu --arch b1 --sizes 64 --attentions key_only dot_product --batch-size 2'
     source, rows = run_here(*args.split(), *options, tool=ATTENTION)
     assert [row['model'] for row in rows] == ['linglo_b1', 'linglo_b1_dot_product']
@@ -103,20 +105,20 @@ def test_attention_is_a_sweep(run_here, monkeypatch, options, form):
 
 def test_bars(run_here, monkeypatch, capsys):
     """All bars, of small things."""
-    shapes = [(1, 100, 8, 2), (1, 64, 8, 2), (1, 256, 8, 2)]
-    monkeypatch.setattr(bars, 'ATTENTION_BARS', ((shapes[0], 1e6, 1e-6),))
-    monkeypatch.setattr(bars, 'attention_shapes', lambda: shapes[1:2])
-    monkeypatch.setattr(bars, 'GROWTH_SHAPES', tuple(shapes[1:]))
-    monkeypatch.setattr(bars, 'attention_peak', lambda shape, *_: shape[1] / 10)
+    layers = [Layer(1, positions, 8, 2) for positions in (100, 64, 256)]
+    monkeypatch.setattr(bars, 'ATTENTION_BARS', ((layers[0], 1e6, 1e-6),))
+    monkeypatch.setattr(bars, 'list_layers', lambda: layers[1:2])
+    monkeypatch.setattr(bars, 'GROWTH_LAYERS', tuple(layers[1:]))
+    monkeypatch.setattr(bars, 'profile', lambda _, layer: (layer.positions / 10, 1.0))
     monkeypatch.setattr(bars, 'MATRIX_SIZE', 64)
-    monkeypatch.setattr(bars, 'LinGlo', lambda _arch, **kwargs: LinGlo(TINY_ARCH, **kwargs))
-    real = bars.network
-    monkeypatch.setattr(
-        bars, 'network', lambda name, *_, **kwargs: real(name, (64, 64), 2, **kwargs)
-    )
+    monkeypatch.setattr(peers, 'LinGlo', lambda _, **kwargs: LinGlo(TINY_ARCH, **kwargs))
+    for work in bars.WORKS.values():
+        monkeypatch.setitem(work, 'shape', (64, 64))
+        monkeypatch.setitem(work, 'batch_size', 2)
     pair = ('linglo_b0', 'pvt_v2_b0')
-    both = ((*pair, (224, 224), 8, 0.0), (*pair, (800, 1344), 1, 1e6))
-    monkeypatch.setattr(bars, 'PEER_BARS', both)
+    limits = {'pooled features': 0.0, 'four maps': 1e6, bars.STEP: 1.4}
+    all_peers = [(*pair, work, at_most) for work, at_most in limits.items()]
+    monkeypatch.setattr(bars, 'PEER_BARS', all_peers)
     source, rows = run_here('--bars')
     assert (source['threads'], source['dtype']) == (1, 'float32')
     assert {row['unit'] for row in rows} == {'ms', 'MiB', 'GFLOP/s'}
@@ -126,11 +128,9 @@ def test_bars(run_here, monkeypatch, capsys):
         inverse = (row['bar'] or '').startswith('theirs')
         pair = row['ours'], row['theirs']
         assert row['ratio'] == pytest.approx(pair[1] / pair[0] if inverse else pair[0] / pair[1])
-    peers = [row for row in rows if 'deployed against' in row['what']]
-    assert [(row['shape'], row['verdict']) for row in peers] == [
-        ('B 8, 224 x 224', 'missed'),
-        ('B 1, 800 x 1344', 'met'),
-    ]
+    deployed = [row for row in rows if 'deployed against' in row['what']]
+    assert [row['verdict'] for row in deployed] == ['missed', 'met']
+    assert {row['shape'] for row in deployed} == {'B 2, 64 x 64'}
     growth = next(row for row in rows if 'N = 256 (ours) and 64' in row['what'])
     assert (growth['ours'], growth['theirs'], growth['ratio']) == (25.6, 6.4, 4)
     kept = next(row for row in rows if 'four branches, kept' in row['what'])
@@ -148,26 +148,36 @@ def test_bars(run_here, monkeypatch, capsys):
 
 def test_all_bars_are_there():
     """What the project promises, beside the bars of the attention layer."""
-    promised = {(ours, theirs, shape): bar for ours, theirs, shape, _, bar in bars.PEER_BARS}
-    for size, peer_size in (('b0', 0.85), ('b1', 0.95), ('b2', 0.95)):
-        names = (f'linglo_{size}', f'pvt_v2_{size}')
-        assert promised.pop((*names, (224, 224))) == peer_size
-        assert promised.pop((*names, (800, 1344))) == 0.42
-    assert promised == {('linglo_b2', 'convnext_tiny', (224, 224)): 1.25}
-    assert (bars.TRAINING_STEP, bars.ENCODING, bars.GROWTH) == (1.4, 0.5, 4.4)
+    promised = {(bar.what, str(bar.ours)): bar for bar in bars.list_bars()}
+    pooled, maps = 'B 8, 224 x 224', 'B 1, 800 x 1344'
+    for number, pooled_at_most in ((0, 0.85), (1, 0.95), (2, 0.95)):
+        what = f'LinGlo-b{number} deployed against PVTv2-B{number}'
+        for outputs, shape, at_most in (
+            ('pooled features', pooled, pooled_at_most),
+            ('four maps', maps, 0.42),
+        ):
+            bar = promised[f'{what}, {outputs}', shape]
+            assert (bar.at_most, bar.ours.fused, bar.theirs.fused) == (at_most, True, False)
+            assert bar.ours.maps == (outputs == 'four maps')
+    convnext = 'LinGlo-b2 deployed against ConvNeXt-T, pooled features'
+    assert promised[convnext, pooled].at_most == 1.25
+    training = promised['LinGlo-b0 against PVTv2-B0, forward + backward', 'B 16, 224 x 224']
+    assert (training.at_most, training.ours.train_step) == (1.4, True)
+    assert sum(isinstance(bar.ours, benchmark.Setting) for bar in promised.values()) == 11
+    assert (bars.ENCODING, bars.GROWTH) == (0.5, 4.4)
 
 
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['--models', 'vgg'], 'no model vgg; there are linglo_b0, '),
-        (['--reference', 'vgg'], "the reference 'vgg' must be among the models"),
-        (['--rounds', '1'], 'rounds must be at least 2, got 1'),
-        (['--rounds', '0', '--bars'], 'rounds must be at least 2, got 0'),
-        (['--batch-size', '0'], 'batch size must be at least 1, got 0'),
         (['--shape', '0', '64'], r'at least 32 pixels high and wide, got \(0, 64\)'),
         (['--sweep', '--sizes', '16'], r'at least 32 pixels high and wide, got \(16, 16\)'),
-        (['--sweep', '--memory-limit', '0'], 'memory limit must be above 0, got 0'),
+        (['--mode', 'train', '--forms', 'fused'], 'the fused form is not for training'),
+        (['--models', 'coatnet_0_224', '--shape', '64', '64'], 'no four feature maps'),
+        (['--sweep', '--shape', '64', '64'], '--shape and --no-memory cannot be used with --sweep'),
+        (['--sweep', '--no-memory'], '--shape and --no-memory cannot be used with --sweep'),
+        (['--sizes', '64'], '--sizes needs --sweep'),
+        (['--max-seconds', '3', '--no-memory'], '--max-seconds cannot be used with --no-memory'),
     ],
 )
 def test_refuses(run_here, tmp_path, args, message):
@@ -179,13 +189,17 @@ def test_refuses(run_here, tmp_path, args, message):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['--sweep', '--shape', '64', '64'], '--shape goes without --sweep'),
-        (['--sweep', '--no-memory'], '--no-memory goes without --sweep'),
-        (['--max-seconds', '3'], '--max-seconds needs --sweep'),
+        (['--models', 'vgg'], "invalid choice: 'vgg' (choose from"),
+        (['--rounds', '1'], '--rounds: must be at least 2, got 1'),
+        (['--rounds', '0', '--bars'], '--rounds: must be at least 2, got 0'),
+        (['--threads', '0'], '--threads: must be at least 1, got 0'),
+        (['--batch-size', '0'], '--batch-size: must be at least 1, got 0'),
+        (['--sweep', '--memory-limit', '0'], '--memory-limit: must be at least 0.001, got 0'),
+        (['--max-seconds', 'nan'], '--max-seconds: must be at least 0.001, got nan'),
         (['--bars', '--models', 'linglo_b0'], 'unrecognized arguments: --models linglo_b0'),
     ],
 )
-def test_no_option_is_ignored(args, message, capsys):
+def test_refuses_at_once(args, message, capsys):
     with pytest.raises(SystemExit):
         import_tool(TOOL).main(args)
     assert message in capsys.readouterr().err

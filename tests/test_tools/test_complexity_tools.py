@@ -6,7 +6,13 @@ import pytest
 from conftest import ROOT, import_tool, run_tool
 from mmengine.config import Config
 
-from mmlinglo.analysis.peers import TASKS, backbone_labels, build_with_backbone
+from mmlinglo.analysis.peers import (
+    PAPER,
+    TASKS,
+    build_with_backbone,
+    get_paper_numbers,
+    list_labels,
+)
 from mmlinglo.utils.cli import UsageError
 
 CLASSIFIER = 'configs/quickstart/linglo-b0_2xb16-8e_shapes.py'
@@ -54,7 +60,7 @@ def test_get_complexity(tmp_path):
     [
         (['--shape', 0, 64], 'two positive numbers'),
         (['--shape', 16, 64], 'at 16 x 64: images must be at least 32 pixels'),
-        (['--cfg-options', 'model.backbone.deploy=True'], 'drop model.backbone.deploy'),
+        (['--cfg-options', 'model.backbone.deploy=True'], 'remove model.backbone.deploy'),
     ],
 )
 def test_get_complexity_refuses(args, message, tmp_path):
@@ -121,9 +127,10 @@ def test_peers_have_their_published_parameters(task, name, params_m, tolerance):
 
 @pytest.mark.parametrize('task', TASKS)
 def test_tables_are_complete(task):
-    names = backbone_labels(task)
+    names = list_labels(task)
     assert {'LinGlo-b0', 'LinGlo-b1', 'LinGlo-b2', 'PVTv2-B2', 'PoolFormer-S12'} <= set(names)
     assert len(set(names)) == len(names)
-    for name, numbers in TASKS[task].paper.items():
-        assert len(numbers) == len(TASKS[task].columns), name
-    assert list(TASKS[task].paper) == names[: len(TASKS[task].paper)]
+    paper = {name: get_paper_numbers(task, name) for name in PAPER if get_paper_numbers(task, name)}
+    assert len(paper) == dict(classification=15, detection=10, segmentation=10)[task]
+    assert all(tuple(numbers) == TASKS[task].columns for numbers in paper.values())
+    assert list(paper) == names[: len(paper)]

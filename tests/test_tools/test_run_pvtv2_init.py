@@ -16,7 +16,7 @@ CONVERT = 'tools/model_converters/pvtv2_to_linglo.py'
 
 def arguments(cifar10, folder):
     return [
-        *('--seeds', 0, '--epochs', 2, '--further-epochs', 2, '--images', 8, '--steps', 2),
+        *('--seeds', 0, '--epochs', 2, '--steps', 2),
         *('--data-root', cifar10, '--data-format', 'folder'),
         *('--work-dir', folder / 'work', '--out', folder / 'results'),
         *('--cfg-options', 'train_dataloader.batch_size=10', 'train_dataloader.num_workers=1'),

@@ -105,7 +105,7 @@ def test_damaged_pictures_are_skipped(classifier, tmp_path):
     out = tmp_path / 'out'
     done = run_tool(TOOL, *classifier, *images, '--out-dir', out, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == 'error: 2 of 3 pictures could not be read'
+    assert done.stderr.strip().splitlines()[-1] == 'error: 2 of 3 images could not be read'
     for image in images[:2]:
         assert f'skipped: {str(image)!r}' in done.stderr
     assert 'Traceback' not in done.stderr
@@ -136,8 +136,8 @@ def test_mistakes(classifier, tmp_path):
     assert "config 'no.py' not found" in error('no.py', checkpoint, image)
     assert 'no.pth' in error(config, tmp_path / 'no.pth', image)
     missing = tmp_path / 'no.jpg'
-    assert f'no picture file {str(missing)!r}' in error(config, checkpoint, image, missing)
-    assert f'no picture file {str(tmp_path)!r}' in error(config, checkpoint, tmp_path)
+    assert f'no image file {str(missing)!r}' in error(config, checkpoint, image, missing)
+    assert f'no image file {str(tmp_path)!r}' in error(config, checkpoint, tmp_path)
     assert "'nonsense'" in error(config, checkpoint, image, '--device', 'nonsense')
     assert 'stages=[4]' in error(config, checkpoint, image, '--stages', 4)
     assert 'blocks=[2]' in error(config, checkpoint, image, '--blocks', 2)

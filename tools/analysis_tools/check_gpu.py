@@ -1,8 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""One step of tools/gpu_day.sh: is LinGlo right on this GPU, and which form of it is faster.
+"""Check LinGlo on this GPU: are its results right, and which of its forms is faster? A step of tools/gpu_day.sh.
 
-checks: every variant against float64 on the CPU. forms: training steps of LinGlo in each form and of
-PVTv2. recipes: training steps of RetinaNet and SemanticFPN, with peak memory.
+checks: compare every variant with float64 on the CPU. forms: time training steps of LinGlo in each form,
+and of PVTv2. recipes: time training steps of RetinaNet and SemanticFPN, and measure their peak memory.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add = parser.add_argument
     add('what', choices=['checks', 'forms', 'recipes'])
     add('--device', help='default: the first GPU, else the CPU')
-    add('--rehearse', action='store_true', help='toy size')
-    add('--rounds', type=int, default=10, help='of timing; default: %(default)s')
+    add('--rehearse', action='store_true', help='run at toy size')
+    add('--rounds', type=int, default=10, help='rounds of timing; default: %(default)s')
     out = 'work_dirs/analysis/check_gpu'
     add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
     return parser.parse_args(argv)
@@ -50,7 +50,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         found = gpu_checks.measure_recipes(device, ROOT, args.rehearse, args.rounds)
         columns = gpu_checks.RECIPE_COLUMNS
     rows = []
-    for row in found:  # written after each: the step may run out of its time
+    for row in found:  # written after each row, because the step may run out of time
         rows.append(row)
         write_report(
             args.out, rows, provenance(device, rounds=args.rounds, rehearsal=args.rehearse)

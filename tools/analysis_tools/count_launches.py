@@ -1,9 +1,10 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Count what a step of a backbone asks of a GPU; no GPU is needed, and nothing is timed.
+"""Count what one step of a backbone would do on a GPU. No GPU is needed, and nothing is timed.
 
-Launches are operations that are no views; one may be several kernels. "Moved" is the size of their
-inputs and outputs, "saved" what the forward keeps for the backward. The lower bound is the time that an
-H100 needs to move the bytes (3.35 TB/s) or to launch the operations (4 us each), whichever is longer.
+A launch is an operation that is not a view. One operation may be several kernels. "Moved" is the size of
+the inputs and outputs of all operations. "Saved" is what the forward pass keeps for the backward pass. The
+lower bound is the time that an H100 needs to move the bytes (3.35 TB/s) or to launch the operations (4 us
+each), whichever is longer.
 """
 
 import argparse
@@ -21,15 +22,29 @@ MODELS = [f'{family}_b{size}' for size in range(3) for family in ('linglo', 'pvt
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add('--models', nargs='+', metavar='NAME', default=MODELS, help=f'of {", ".join(ALL)}')
+    add(
+        '--models',
+        nargs='+',
+        metavar='NAME',
+        default=MODELS,
+        help=f'models, among {", ".join(ALL)}',
+    )
     text = '; '.join(f'{form}: {what}' for form, what in launches.FORMS.items())
-    add('--forms', nargs='+', choices=launches.FORMS, default=['plain'], help=f'LinGlo: {text}')
+    add(
+        '--forms',
+        nargs='+',
+        choices=launches.FORMS,
+        default=['plain'],
+        help=f'forms of LinGlo; {text}',
+    )
     text = 'default: train, forward and backward'
     add('--modes', nargs='+', choices=launches.MODES, default=['train'], help=text)
     text = 'autocast; default: none'
     add('--amp', nargs='+', choices=launches.AMP, default=['none'], help=text)
     add('--batch-size', type=int, default=8, help='default: %(default)s')
-    text = 'of the images, in pixels; default: 224 224, for pooled features; else four feature maps'
+    text = (
+        'image size in pixels; default: 224 224, for pooled features; otherwise four feature maps'
+    )
     add('--shape', nargs=2, type=int, metavar=('H', 'W'), default=(224, 224), help=text)
     add('--channels-last', action='store_true', help='layout of images and kernels')
     out = 'work_dirs/analysis/count_launches'

@@ -1,8 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Count the parameters and multiply-adds of a classifier, detector or segmentor for one image.
 
-Prints them by part and operator, for the training form (as evaluated) and the deployed one, and
-writes <out>.json, <out>.csv and <out>.png. What is counted: see mmlinglo/analysis/complexity.py.
+The tool prints them by part and operator, for the training form (in evaluation mode) and for the deployed
+form. It writes <out>.json, <out>.csv and <out>.png. mmlinglo/analysis/complexity.py says what it counts.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     cfg = load_config(args.config, args.cfg_options)
     if cfg.model.get('backbone', {}).get('deploy', False):
         raise UsageError(
-            f'{args.config} builds the deployed form: drop model.backbone.deploy, both are counted'
+            f'{args.config} builds the deployed form: remove model.backbone.deploy; the tool counts both'
         )
     model = build_model(cfg).eval()
     try:

@@ -1,8 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Draw accuracy, or any other logged scalar, of any number of trainings (the paper's Fig. 5).
+"""Draw the accuracy, or any other logged scalar, of one or more trainings (the paper's Fig. 5).
 
-Several trainings of one label, such as seeds, become one curve: their mean, with a band from the
-lowest to the highest.
+Trainings with the same label, such as several seeds, become one curve: their mean, with a band from the
+lowest value to the highest.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from mmlinglo.utils.cli import UsageError, run
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    text = "a quoted pattern, such as 'work_dirs/b0_seed*', stands for all that match, as one label"
+    text = "a quoted pattern, such as 'work_dirs/b0_seed*', means all that match, with one label"
     add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'work dir of a training; {text}')
-    text = 'one for each WORK_DIR; equal ones belong together; default: the names of the folders'
+    text = 'one per WORK_DIR; equal labels make one curve; default: the names of the folders'
     add('--labels', nargs='+', help=text)
     add('--key', default='accuracy/top1', help='name of the scalar; default: %(default)s')
     out = 'work_dirs/analysis/plot_curves'
@@ -33,14 +33,14 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 
 def read_runs(work_dirs: List[str], labels: Optional[List[str]], key: str) -> pd.DataFrame:
-    """Points of all trainings, with their ``label`` and ``run``, the work dir."""
+    """Read the points of all trainings, with their ``label`` and their ``run``, the work dir."""
     if labels is None:
         names = [os.path.basename(os.path.normpath(pattern)) for pattern in work_dirs]
         labels = names if len(set(names)) == len(names) else work_dirs
     if len(labels) != len(work_dirs):
         raise UsageError(
             f'{len(work_dirs)} work dirs and {len(labels)} labels: give one label for each '
-            'work dir, and quote patterns, lest the shell replace them by several names'
+            'work dir, and quote patterns, so that the shell does not expand them'
         )
     folders = []
     for label, pattern in zip(labels, work_dirs):

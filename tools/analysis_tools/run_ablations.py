@@ -1,13 +1,13 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Train the paper's ablations and two peers on CIFAR-10, one after another, and compare their order with the paper's.
+"""Train the paper's ablations and two other backbones on CIFAR-10, and compare their order with the paper's.
 
-An interrupted campaign, started again with the same arguments, goes on where it stopped: what is
-finished is skipped, and a training goes on from its last validated epoch (with other random numbers
-than without the interruption). Whenever a training is finished, the table (<out>.json, .csv, .md),
-the orders (<out>_orders.json, .csv) and the curves (<out>.png) are written anew.
+The trainings run one after another. If you interrupt the campaign, start it again with the same arguments. It
+skips finished trainings, and continues an unfinished one from its last validated epoch, with other random
+numbers than without the interruption. After each training, the tool writes the table (<out>.json, .csv, .md),
+the orders (<out>_orders.json, .csv) and the curves (<out>.png) again.
 
-The same command may run several times at once and share the work, each on a GPU of its own
-(CUDA_VISIBLE_DEVICES) or a core of its own (OMP_NUM_THREADS=1).
+You can run the same command several times at once to share the work. Give each process its own GPU
+(CUDA_VISIBLE_DEVICES) or its own core (OMP_NUM_THREADS=1).
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 
 def run_campaign(args: argparse.Namespace) -> List[str]:
-    """Train what is not finished yet; return the work dirs of the trainings that failed."""
+    """Run the unfinished trainings. Return the work dirs of those that failed."""
     by_row = {row: campaign.make_config(ROOT, row, args) for row in args.rows}
     cfg = by_row[args.rows[0]]
     images = campaign.count_images(by_row.values(), args.fraction, args.test_fraction)

@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""All that waits for a GPU, in the order of its worth: see tools/gpu_day.sh."""
+"""Make all measurements that need a GPU, the most important first: see tools/gpu_day.sh."""
 
 import argparse
 import os
@@ -20,11 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add('--minutes', type=float, default=25, help='for all steps together; default: %(default)s')
-    add('--resume', action='store_true', help='go on: leave out what is done')
-    add('--rehearse', action='store_true', help='every step at toy size, on a CPU')
-    add('--steps', nargs='+', metavar='NAME', help='some of the steps; default: all')
-    add('--out', type=Path, help='default: docs/results/gpu_<name of the GPU>/')
+    add(
+        '--minutes',
+        type=float,
+        default=25,
+        help='time for all steps together; default: %(default)s',
+    )
+    add('--resume', action='store_true', help='continue: skip the steps that are done')
+    add('--rehearse', action='store_true', help='run every step at toy size, on a CPU')
+    add('--steps', nargs='+', metavar='NAME', help='run only these steps; default: all')
+    add(
+        '--out',
+        type=Path,
+        help='folder for the results; default: docs/results/gpu_<name of the GPU>/',
+    )
     return parser.parse_args(argv)
 
 
@@ -44,7 +53,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         out = ROOT / out / f'gpu_{re.sub("[^a-z0-9]+", "_", name.lower())}'
     out = Path(os.path.abspath(out))
     os.chdir(ROOT)
-    out = out.relative_to(ROOT) if ROOT in out.parents else out  # no folder's name of this machine
+    out = out.relative_to(ROOT) if ROOT in out.parents else out  # hides the folders of this machine
     if (out / 'steps.json').exists() and not args.resume:
         raise UsageError(f'{out} has results already: give --resume, or another --out')
     out.mkdir(parents=True, exist_ok=True)

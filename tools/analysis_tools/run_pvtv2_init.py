@@ -1,9 +1,10 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Does PVTv2's training help LinGlo? An experiment on CIFAR-10.
 
-For each seed PVTv2-B0 is trained, converted to LinGlo-b0 (tools/model_converters/pvtv2_to_linglo.py),
-evaluated, and trained further for a tenth of the epochs; and LinGlo-b0 is trained from scratch for as
-many. The table (<out>.json, .csv, .md) is written after each. It goes on as run_ablations.py does.
+For each seed, the tool trains PVTv2-B0, converts it to LinGlo-b0 (tools/model_converters/pvtv2_to_linglo.py),
+evaluates the result, and trains it for another tenth of the epochs, at least two. It also trains LinGlo-b0 from
+scratch for as many epochs. After each training, it writes the table (<out>.json, .csv, .md). After an interruption,
+it continues as run_ablations.py does.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-import pandas as pd
 import torch
 
 from mmlinglo.analysis import ablations, campaign
@@ -27,11 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = campaign.campaign_parser(__doc__, 'pvtv2_init', [0, 1, 2])
-    add = parser.add_argument
-    text = "of LinGlo-b0, from PVTv2 and from scratch, 2 or more; default: a tenth of PVTv2-B0's"
-    add('--further-epochs', type=int, help=text)
-    add('--images', type=int, default=512, help='for the conversion; default: %(default)s')
-    add('--steps', type=int, default=200, help='of each fit in it; default: %(default)s')
+    text = 'gradient steps of each fit in the conversion; default: %(default)s'
+    parser.add_argument('--steps', type=int, default=200, help=text)
     return parser.parse_args(argv)
 
 
@@ -39,39 +36,33 @@ def run_experiment(args: argparse.Namespace) -> None:
     work_dir = Path(args.work_dir).absolute()
     pvtv2 = campaign.make_config(ROOT, PVTV2, args)
     epochs = pvtv2.train_cfg.max_epochs
-    further = epochs // 10 if args.further_epochs is None else args.further_epochs
-    if further < 2:
-        raise UsageError(
-            f'LinGlo-b0 needs at least 2 epochs, got {further}: take more --epochs, or --further-epochs'
-        )
-    configs, images = {}, {}
-    for seed in args.seeds:
-        trainings = {
-            PVTV2: campaign.make_config(ROOT, PVTV2, args),
-            FURTHER: campaign.make_config(ROOT, SCRATCH, args, further),
-            SCRATCH: campaign.make_config(ROOT, SCRATCH, args, further),
-        }
-        images = campaign.count_images(trainings.values(), args.fraction, args.test_fraction)
-        checkpoint = str(work_dir / CONVERTED / f'seed{seed}.pth')
-        for part in ('backbone', 'head'):
-            init_cfg = dict(type='Pretrained', checkpoint=checkpoint, prefix=f'{part}.')
-            trainings[FURTHER].model[part].init_cfg = init_cfg
-        for row, cfg in trainings.items():
-            cfg.randomness = dict(seed=seed)
-            configs[work_dir / row / f'seed{seed}.py'] = cfg
-    more = dict(images=images, batch_size=pvtv2.train_dataloader.batch_size)
-    more['conversion'] = dict(images=args.images, steps=args.steps)
+    further = max(2, epochs // 10)
     all_epochs = {PVTV2: epochs, CONVERTED: 0, FURTHER: further, SCRATCH: further}
+    seeds = [f'seed{seed}' for seed in args.seeds]
+    configs = {}
+    for seed, name in zip(args.seeds, seeds):
+        start = dict(type='Pretrained', checkpoint=str(work_dir / CONVERTED / f'{name}.pth'))
+        for row, source in ((PVTV2, PVTV2), (FURTHER, SCRATCH), (SCRATCH, SCRATCH)):
+            cfg = campaign.make_config(ROOT, source, args, all_epochs[row])
+            cfg.randomness = dict(seed=seed)
+            if row == FURTHER:
+                for part in ('backbone', 'head'):
+                    cfg.model[part].init_cfg = dict(start, prefix=f'{part}.')
+            configs[work_dir / row / f'{name}.py'] = cfg
+    more = dict(
+        images=campaign.count_images(configs.values(), args.fraction, args.test_fraction),
+        batch_size=pvtv2.train_dataloader.batch_size,
+        conversion=dict(steps=args.steps),
+    )
 
     def write_results() -> str:
-        runs = campaign.read_runs(configs).sort_values('step')
-        last = runs.groupby(['row', 'run'], as_index=False).last()
-        seeds = [f'seed{seed}' for seed in args.seeds]
-        converted = [(seed, converted_top1(work_dir / CONVERTED / seed)) for seed in seeds]
-        found = [(CONVERTED, seed, top1) for seed, top1 in converted if top1 is not None]
-        last = pd.concat([last, pd.DataFrame(found, columns=['row', 'run', 'value'])])
+        last = campaign.read_runs(configs).sort_values('step').groupby(['row', 'run']).last()
+        for name in seeds:
+            top1 = converted_top1(work_dir / CONVERTED / name)
+            if top1 is not None:
+                last.loc[(CONVERTED, name), 'value'] = top1
         source = provenance('cuda' if torch.cuda.is_available() else 'cpu', **more)
-        return ablations.write_starts(args.out, last, all_epochs, seeds, source)
+        return ablations.write_starts(args.out, last.reset_index(), all_epochs, seeds, source)
 
     for path, how in campaign.train_all(ROOT, configs):
         if how in ('failed', 'left'):
@@ -83,11 +74,11 @@ def run_experiment(args: argparse.Namespace) -> None:
 
 
 def convert(pvtv2: Path, epochs: int, args: argparse.Namespace) -> None:
-    """Convert PVTv2-B0 after its last epoch, and evaluate the result, unless this has been done."""
+    """Convert PVTv2-B0 after its last epoch and evaluate the result, unless both are done."""
     folder, seed = pvtv2.parents[1] / CONVERTED, pvtv2.stem
     out, settings = folder / f'{seed}.pth', pvtv2.parents[1] / FURTHER / pvtv2.name
     source = pvtv2.with_suffix('') / f'epoch_{epochs}.pth'
-    options = ['--images', args.images, '--steps', args.steps, '--seed', seed.removeprefix('seed')]
+    options = ['--steps', args.steps, '--seed', seed.removeprefix('seed')]
     commands = [
         ['tools/model_converters/pvtv2_to_linglo.py', settings, source, out, *options],
         ['tools/test.py', settings, out, '--work-dir', folder / seed],
@@ -102,7 +93,7 @@ def convert(pvtv2: Path, epochs: int, args: argparse.Namespace) -> None:
 
 
 def converted_top1(work_dir: Path) -> Optional[float]:
-    """Accuracy that tools/test.py wrote; None if it has not run to its end."""
+    """Read the accuracy that tools/test.py wrote. None if it has not finished."""
     logs = sorted(work_dir.glob('*/*.json'))
     return json.loads(logs[0].read_text())[campaign.METRIC] if logs else None
 

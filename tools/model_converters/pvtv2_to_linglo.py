@@ -9,8 +9,10 @@ LinGlo. mmlinglo/utils/pvtv2.py explains the method.
 
 import argparse
 import importlib.util
+import itertools
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Optional
 
@@ -26,27 +28,20 @@ from mmlinglo.utils import load_checkpoint_file
 from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
-from mmlinglo.utils.pvtv2 import convert_pvtv2, load_pvtv2, timm_weights
+from mmlinglo.utils.pvtv2 import ORIGINS, convert_pvtv2, load_pvtv2, timm_weights
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument('checkpoint', help="PVTv2's checkpoint, a file or a URL")
-    parser.add_argument('out', help='file to write')
-    parser.add_argument(
-        '--images',
-        type=int,
-        default=512,
-        help='training images to use, rounded up to batches; default: %(default)s',
-    )
-    parser.add_argument(
-        '--steps',
-        type=int,
-        default=200,
-        help='gradient steps for each attention and down-sampling layer; default: %(default)s',
-    )
-    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    add = parser.add_argument
+    add('checkpoint', help="PVTv2's checkpoint, a file or a URL")
+    add('out', help='file to write')
+    text = 'training images to use, rounded up to batches; default: %(default)s'
+    add('--images', type=int, default=512, help=text)
+    text = 'gradient steps for each attention and down-sampling layer; default: %(default)s'
+    add('--steps', type=int, default=200, help=text)
+    add('--seed', type=int, default=0, help='default: %(default)s')
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -55,9 +50,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     if importlib.util.find_spec('timm') is None:
         raise UsageError('PVTv2 itself comes from timm, which is missing: pip install timm')
-    for name in ('images', 'steps'):
-        if getattr(args, name) < (1 if name == 'images' else 0):
-            raise UsageError(f'--{name} must be positive, got {getattr(args, name)}')
+    if args.images < 1 or args.steps < 0:
+        raise UsageError('--images must be at least 1, and --steps at least 0')
     cfg = load_config(args.config, args.cfg_options)
     out = Path(args.out)
     if out.is_dir():
@@ -75,9 +69,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     model.backbone.init_cfg = None  # in these configs, it names the file that this tool writes
     model.backbone.init_weights()
     model = model.to(device)
-    weights, head = timm_weights(
-        load_checkpoint_file(args.checkpoint, args.trust_checkpoint), args.checkpoint
-    )
+    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
+    weights, head = timm_weights(checkpoint, args.checkpoint)
     pvtv2 = load_pvtv2(weights, model.backbone.arch, args.checkpoint).to(device)
     images = training_images(cfg, model, args.images, args.seed)
     try:
@@ -91,18 +84,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         for name, value in head.items():
             state[f'head.fc.{name}'] = value
             origins[f'head.fc.{name}'] = 'taken'
-    meta = dict(
-        cfg=cfg.pretty_text,
-        mmlinglo_version=mmlinglo.__version__,
-        pvtv2=dict(
-            source=str(args.checkpoint),
-            images=sum(map(len, images)),
-            steps=args.steps,
-            seed=args.seed,
-            origins=origins,
-            differences=differences,
-        ),
-    )
+    source = dict(source=str(args.checkpoint), images=sum(map(len, images)), steps=args.steps)
+    source.update(seed=args.seed, origins=origins, differences=differences)
+    meta = dict(cfg=cfg.pretty_text, mmlinglo_version=mmlinglo.__version__, pvtv2=source)
     with complete_file(out) as file:
         torch.save(dict(meta=meta, state_dict={k: v.cpu() for k, v in state.items()}), file)
     print(summary(state, origins))
@@ -125,15 +109,11 @@ def training_images(cfg: Config, model: nn.Module, count: int, seed: int) -> Lis
             'some of them; name their folder with --cfg-options '
             'train_dataloader.dataset.data_root=FOLDER'
         ) from error
-    batches: List[Tensor] = []
-    for data in loader:
-        batches.append(model.data_preprocessor(data, training=True)['inputs'])
-        if len(batches) >= max(2, math.ceil(count / loader.batch_size)):
-            break
-    return batches
+    batches = itertools.islice(loader, max(2, math.ceil(count / loader.batch_size)))
+    return [model.data_preprocessor(data, training=True)['inputs'] for data in batches]
 
 
-def takes_head(model: nn.Module, head: Dict[str, Tensor]) -> bool:
+def takes_head(model: nn.Module, head: Optional[Dict[str, Tensor]]) -> bool:
     """Whether the classifier's last layer has the shape of PVTv2's."""
     layer = getattr(getattr(model, 'head', None), 'fc', None)
     return head is not None and layer is not None and layer.weight.shape == head['weight'].shape
@@ -141,27 +121,17 @@ def takes_head(model: nn.Module, head: Dict[str, Tensor]) -> bool:
 
 def summary(state: Dict[str, Tensor], origins: Dict[str, str]) -> str:
     """Make a table of the tensors by origin and name, with * for stage and block numbers."""
-    groups: Dict[tuple, List[Tensor]] = {}
+    tensors, numbers = Counter(), Counter()
     for name, value in state.items():
-        pattern = re.sub(r'\.\d+\.', '.*.', re.sub(r'\.\d+\.', '.*.', name))
-        layer = pattern.rpartition('.')[0] or pattern
-        groups.setdefault((origins[name], layer), []).append(value)
-    rows = []
-    for origin in ('taken', 'derived', 'repeated', 'new'):
-        found = {layer: values for (kind, layer), values in groups.items() if kind == origin}
-        everything = [value for values in found.values() for value in values]
-        for layer, values in [(f'all {origin}', everything), *sorted(found.items())]:
-            rows.append(
-                dict(
-                    origin=origin,
-                    layer=layer,
-                    tensors=len(values),
-                    numbers=sum(value.numel() for value in values),
-                )
-            )
-    return format_table(
-        rows, dict(origin='origin', layer='layer', tensors='tensors', numbers='numbers')
-    )
+        layer = re.sub(r'\.\d+(?=\.)', '.*', name).rpartition('.')[0]
+        for key in ((origins[name], f'all {origins[name]}'), (origins[name], layer)):
+            tensors[key] += 1
+            numbers[key] += value.numel()
+    rows = [
+        dict(origin=key[0], layer=key[1], tensors=tensors[key], numbers=numbers[key])
+        for key in sorted(tensors, key=lambda key: (ORIGINS.index(key[0]), key[1]))
+    ]
+    return format_table(rows, {column: column for column in rows[0]})
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""Draw what key-only attention weighs in pictures: one sheet a picture, with a map for each stage, block and head.
+"""Draw the weights of key-only attention: one sheet per image, with a map for each stage, block and head.
 
-OUT_DIR gets <picture>_saliency.png. Bright positions have more weight; each map is scaled by itself. Pictures that
-cannot be read are reported, the rest is done, and the exit status is 1. From Python: mmlinglo.analysis.saliency_maps.
+The tool writes <image>_saliency.png to OUT_DIR. Bright positions have more weight. Each map has its own scale. The tool
+reports images that it cannot read and processes the rest; the exit status is then 1. From Python, call
+mmlinglo.analysis.saliency_maps.
 """
 
 import argparse
@@ -31,11 +32,11 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
     add = parser.add_argument
     add('checkpoint', help='checkpoint file')
-    add('images', nargs='+', metavar='image', help='picture file')
+    add('images', nargs='+', metavar='image', help='image file')
     add('--out-dir', default='work_dirs/saliency', help='default: %(default)s')
     add('--stages', nargs='+', type=int, help='stages to draw, from 0; default: all')
     add('--blocks', nargs='+', type=int, help='blocks of each stage, from 0; default: all')
-    add('--mean-heads', action='store_true', help='draw the mean over the heads of each block only')
+    add('--mean-heads', action='store_true', help='draw only the mean over the heads of each block')
     add('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
     add('--deploy', action='store_true', help='re-parameterise the model before running it')
     add_trust_argument(parser)
@@ -46,7 +47,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     missing = [image for image in args.images if not Path(image).is_file()]
     if missing:
-        raise UsageError(f'no picture file {", ".join(map(repr, missing))}')
+        raise UsageError(f'no image file {", ".join(map(repr, missing))}')
     cfg = load_config(args.config, args.cfg_options)
     device = checked_device(args.device)
     checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
@@ -75,12 +76,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         for stage, reason in maps.skipped.items():
             print(f'  without stage {stage}: {reason}')
     if damaged:
-        raise UsageError(f'{damaged} of {len(args.images)} pictures could not be read')
+        raise UsageError(f'{damaged} of {len(args.images)} images could not be read')
     return 0
 
 
 def name_sheets(images: List[str], out_dir: Path) -> Dict[str, Path]:
-    """File to write for each picture, none twice and none of the pictures themselves."""
+    """Name the file to write for each image. No two are the same, and none is one of the images."""
     taken = {os.path.realpath(image) for image in images}
     sheets = {}
     for image in dict.fromkeys(images):
