@@ -66,6 +66,10 @@ def run(main: Callable[[], Optional[int]]) -> None:
     try:
         with screen:
             status = main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # A process that leaves while another still uses the group may take that one with it.
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except (UsageError, CheckpointError, FileNotFoundError) as error:
         if isinstance(error, ConfigError) and error.__cause__ is not None:
             sys.stderr.writelines(_format_own_frames(error.__cause__))

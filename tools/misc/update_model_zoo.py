@@ -34,7 +34,7 @@ TASKS = dict(
 HEADER = """\
 # Written by tools/misc/update_model_zoo.py; metrics, weights and the paper's claims are kept by hand.
 # Metrics are null: these models have not been trained by this project yet.
-# FLOPs are multiply-adds, as everywhere in OpenMMLab.
+# FLOPs are multiply-adds, as everywhere in OpenMMLab. They count the network as the paper writes it, not its rewritings.
 """
 ZOO = ROOT / 'docs/model_zoo.md'
 COLUMNS = dict(
