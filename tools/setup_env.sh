@@ -206,7 +206,9 @@ install_mmcv
 if [ -z "$is_ready" ]; then install_toolboxes; fi
 if [ -z "$wheel" ]; then "$python" -W ignore -c 'from mmlinglo import mmcv_ops; mmcv_ops.link()'; fi
 "$python" -W ignore - <<'CHECK' || fail "the environment in $VENV does not work, see above"
-import mmcv._ext, mmdet.apis, mmpretrain.apis, mmseg.apis, mmlinglo, torch, torchvision
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()):  # mmdet tells of data sets that nobody asked for
+    import mmcv._ext, mmdet.apis, mmpretrain.apis, mmseg.apis, mmlinglo, torch, torchvision
 operators = 'torchvision' if mmcv._ext.__file__.endswith('.py') else 'its own'
 print(f'torch {torch.__version__}, mmcv {mmcv.__version__} with {operators} operators, mmdet {mmdet.__version__}, '
       f'mmseg {mmseg.__version__}, mmpretrain {mmpretrain.__version__}, mmlinglo {mmlinglo.__version__}')

@@ -75,6 +75,7 @@ def test_errors_come_back():
         call_in_fresh_process(allocate, 2**60)
 
 
+@pytest.mark.slow
 def test_process_that_dies():
     with pytest.raises(OutOfMemoryError, match='SIGKILL'):
         call_in_fresh_process(die, -signal.SIGKILL)

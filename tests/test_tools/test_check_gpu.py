@@ -24,6 +24,7 @@ def one_variant(monkeypatch):
     monkeypatch.setattr(gpu_checks, 'VARIANTS', {'C-C-H-H': dict(layout='C-C-H-H')})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_variant')
 def test_checks(tmp_path, capsys):
     rows = rows_of(tmp_path, 'checks')
@@ -46,6 +47,7 @@ def test_a_wrong_form_is_found(tmp_path, monkeypatch):
     assert missed == {'grouped'}
 
 
+@pytest.mark.slow
 def test_forms(tmp_path):
     rows = rows_of(tmp_path, 'forms')
     assert [(row['model'], row['form'], row['dtype']) for row in rows] == [

@@ -99,7 +99,7 @@ def test_another_opset(classifier, main, tmp_path):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['--dynamic'], 'fixes sizes that are to be free: export one file for each size'),
+        (['--dynamic'], 'fixes sizes that must stay free: export one file for each size'),
         (['--opset', 19], 'writes opset 18 when asked for 19: leave the opset out'),
     ],
 )
