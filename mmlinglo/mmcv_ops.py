@@ -19,6 +19,7 @@ There are two ways to put it in place. Both leave compiled operators alone:
 A link to this file is imported as a part of mmcv, so nothing here imports mmlinglo.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -80,11 +81,9 @@ def compile_command() -> str:
     """Command that compiles the installed release of mmcv against the installed torch."""
     requirement = 'onedl-mmcv'
     for name in ('onedl-mmcv', 'mmcv'):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             requirement = f'{name}=={importlib.metadata.version(name)}'
             break
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return (
         "python -m pip install 'setuptools>=77.0.3,<80' wheel ninja psutil && python -m pip install "
         f'--force-reinstall --no-deps --no-cache-dir --no-build-isolation {requirement}'

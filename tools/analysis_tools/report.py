@@ -8,6 +8,7 @@ import argparse
 import os
 import shlex
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -65,10 +66,8 @@ def predict_with(
 def find_commands(training: Training, work_dir: Path, checkpoint: str) -> List[Tuple[str, str]]:
     """Titles and command lines of the training and a test."""
     config = work_dir / f'{training.name}.py'
-    try:
+    with suppress(ValueError):  # a config of the user's own
         config = Path(os.path.relpath(find_recipe(training.name).resolve()))
-    except ValueError:
-        pass  # a config of the user's own
     processes = training.facts.get('processes')
     start = ['bash', 'tools/dist_train.sh'] if processes else ['python', 'tools/train.py']
     train = [*start, str(config), *([processes] if processes else []), '--work-dir', str(work_dir)]
