@@ -162,7 +162,7 @@ def test_some_of_the_validation_images(trained):
         (lambda work: [path.write_bytes(b'no') for path in work.glob('*.pth')], 'is damaged'),
         (lambda work: [path.unlink() for path in work.rglob('*.py')], 'has no config (*.py)'),
         (
-            lambda work: replace(work, "data_root='[^']*'", "data_root='/gone'"),
+            lambda work: replace(work, r"data_root=\s*'[^']*'", "data_root='/gone'"),
             "'/gone/val', which val",
         ),
         (lambda work: replace(work, "type='LoadImageFromFile'", "type='Lod'"), 'KeyError: '),
