@@ -3,6 +3,8 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import cv2
@@ -51,10 +53,11 @@ def randomize_norms_(module: torch.nn.Module) -> torch.nn.Module:
     """Give batch norms statistics and weights as after training; fresh ones hide wrong fusions."""
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):
-            torch.nn.init.normal_(norm.weight)  # negative ones too
-            torch.nn.init.normal_(norm.bias)
-            torch.nn.init.normal_(norm.running_mean)
-            torch.nn.init.uniform_(norm.running_var, 0.1, 5.0)
+            for tensor in (norm.weight, norm.bias, norm.running_mean):  # None by some arguments
+                if tensor is not None:
+                    torch.nn.init.normal_(tensor)  # negative weights too
+            if norm.running_var is not None:
+                torch.nn.init.uniform_(norm.running_var, 0.1, 5.0)
     return module
 
 
@@ -79,22 +82,41 @@ def import_tool(path: str):
     return importlib.import_module(Path(path).stem)
 
 
+def run_forked(path: str, *args) -> None:
+    """A tool's ``main(argv)`` in a fork of this process: nothing is imported again or left behind."""
+    main = import_tool(path).main
+    with tempfile.TemporaryFile('w+') as output:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for descriptor in (1, 2):
+                    os.dup2(output.fileno(), descriptor)
+                sys.stdout = sys.stderr = output
+                cv2.setNumThreads(0)  # its threads are in the other process
+                sys.argv = [path, *map(str, args)]
+                status = main(sys.argv[1:])
+                if (measured := sys.modules.get('coverage')) and (
+                    measured := measured.Coverage.current()
+                ):
+                    measured.stop()
+                    measured.save()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                output.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        assert status == 0, output.read()[-4000:]
+
+
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory) -> Path:
     """A very small synthetic data set in the layouts of all three tasks."""
     out = tmp_path_factory.mktemp('data') / 'shapes'
-    run_tool(
-        'tools/misc/make_shapes.py',
-        out,
-        '--num-train',
-        16,
-        '--num-val',
-        8,
-        '--num-demo',
-        2,
-        '--size',
-        64,
-    )
+    numbers = '--num-train 16 --num-val 8 --num-demo 2 --size 64'.split()
+    assert import_tool('tools/misc/make_shapes.py').main([str(out), *numbers]) == 0
     return out
 
 

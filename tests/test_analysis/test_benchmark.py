@@ -231,19 +231,16 @@ def test_whole_setting_reaches_the_step(monkeypatch, dtype):
 
 
 def test_profile_in_a_process_of_its_own():
-    small, large = (
-        call_in_fresh_process(
-            benchmark.profile,
-            Setting('resnet18', shape=(64, 64), maps=True),
-            Setting('resnet18', shape=(size, size), maps=True),
-            threads=1,
-        )
-        for size in (64, 640)
+    peak, seconds = call_in_fresh_process(
+        benchmark.profile,
+        Setting('resnet18', shape=(64, 64), maps=True),
+        Setting('resnet18', shape=(640, 640), maps=True),
+        threads=1,
     )
-    # The maps alone, four of which the network returns: 64 channels of half the size, and more.
-    assert large[0] > 64 * 320 * 320 * 4 / 2**20
-    assert large[0] > small[0]
-    assert small[1] > 0
+    # The maps after the first convolution alone: 64 channels of half the size, beside 43 MiB of
+    # weights; in all less than 200 MiB, while a process that has imported torch has more.
+    assert 64 * 320 * 320 * 4 / 2**20 + 43 < peak < 200
+    assert seconds > 0
 
 
 def fake_processes(monkeypatch, profiles):

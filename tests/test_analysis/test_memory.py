@@ -30,6 +30,7 @@ def build(kept, dropped, step, device='cpu'):
 
 
 def measured_peaks(device):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     peaks = {
         sizes: measure_first_step(lambda sizes=sizes: build(*sizes, device), device)
@@ -38,7 +39,7 @@ def measured_peaks(device):
     within, _ = measure_first_step(lambda: build(8, 0, 80, device), device, limit_gib=0.1)
     with pytest.raises(OutOfMemoryError, match='allocate'):
         measure_first_step(lambda: build(8, 0, 2000, device), device, limit_gib=1)
-    return peaks, within
+    return peaks, within, threads
 
 
 def die(status):
@@ -61,7 +62,8 @@ def allocate(size):
     ],
 )
 def test_peak_is_what_lives_at_once(device):
-    peaks, within = call_in_fresh_process(measured_peaks, device)
+    peaks, within, threads = call_in_fresh_process(measured_peaks, device, threads=3)
+    assert threads == 3
     for (kept, _, step), (peak, seconds) in peaks.items():
         assert peak == pytest.approx(kept + step, abs=1.5)
         assert seconds > 0
@@ -84,10 +86,6 @@ def test_process_that_dies():
     with pytest.raises(ProcessExitedException, match='exit code 3') as caught:
         call_in_fresh_process(die, 3)
     assert caught.value.exit_code == 3
-
-
-def test_threads():
-    assert call_in_fresh_process(torch.get_num_threads, threads=3) == 3
 
 
 def test_is_out_of_memory():

@@ -448,10 +448,11 @@ def spoil(content, rng):
 
 
 @pytest.mark.parametrize(
-    'part', [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))]
+    ('part', 'files'),
+    [(0, 150), *(pytest.param(p, 500, marks=pytest.mark.slow) for p in (1, 2, 3))],
 )
-def test_whatever_the_file_holds(tmp_path, part):
-    """500 spoilt files each: no error of the checker, and perfect scores unless it finds something."""
+def test_whatever_the_file_holds(tmp_path, part, files):
+    """Spoilt files: no error of the checker, and perfect scores unless it finds something."""
     experiment = Experiment('detection', tmp_path)
     cfg = experiment.cfg
     cfg.train_dataloader.dataset.pipeline[1].with_mask = True
@@ -463,7 +464,7 @@ def test_whatever_the_file_holds(tmp_path, part):
     )
     valid = json.loads((experiment.annotations / 'train.json').read_text())
     rng, found, sound = random.Random(part), set(), 0
-    for _ in range(500):
+    for _ in range(files):
         content = copy.deepcopy(valid)
         for _ in range(rng.choice([1, 1, 1, 2, 5])):
             spoil(content, rng)
@@ -478,4 +479,4 @@ def test_whatever_the_file_holds(tmp_path, part):
                 assert perfect_score(cfg) == 1, text
     assert {'value-invalid', 'annotation-incomplete', 'annotations-unreadable'} <= found
     assert {'box-invalid', 'mask-invalid', 'annotation-image', 'annotation-category'} <= found
-    assert sound > 20
+    assert sound > files / 50

@@ -3,6 +3,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT
@@ -10,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 from toy import build_runner
 
-from mmlinglo.utils.cli import UsageError, check_log_backends
+from mmlinglo.utils.cli import UsageError, check_log_backends, load_runner_config, runner_parser
 
 PAGE = (ROOT / 'docs/train.md').read_text()
 
@@ -29,6 +30,23 @@ def test_a_missing_package_is_named_with_the_line_of_the_page(package):
     )
     with pytest.raises(UsageError, match=f'{name} needs another package: pip install {package}'):
         check_log_backends(cfg)
+
+
+def test_missing_tensorboard_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorboard', None)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: sys.modules.get(name))
+    cfg = Config(dict(visualizer=dict(vis_backends=[dict(type='TensorboardVisBackend')])))
+    with pytest.raises(UsageError, match='pip install tensorboard'):
+        check_log_backends(cfg)
+
+
+@pytest.mark.parametrize('kind', ['LoggerHook', 'mmengine.LoggerHook'])
+def test_one_process_writes_the_logs(kind, tmp_path):
+    path = tmp_path / 'config.py'
+    logger = f"default_hooks = dict(logger=dict(type='{kind}', interval=7))"
+    path.write_text(f"model = dict()\ndefault_scope = 'mmdet'\n{logger}\n")
+    cfg = load_runner_config(runner_parser('').parse_args([str(path)]))
+    assert cfg.default_hooks.logger == dict(type='mmlinglo.MainProcessLoggerHook', interval=7)
 
 
 def test_tensorboard_gets_the_losses(tmp_path):

@@ -92,9 +92,14 @@ class ToyRunner(TrainingRunner):
         """Nothing: it starts compilers to learn their versions."""
 
     def train(self):
-        with mock.patch('os.fsync'):  # seconds each, when others write to the disk
+        with (
+            mock.patch('os.fsync'),  # seconds each, when others write to the disk
+            mock.patch('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.5),
+        ):
             super().train()
-        self.train_dataloader._iterator = None  # ends persistent workers here, not in a later run
+            # Ends persistent workers here, not in a later run. Some do not end by themselves: torch
+            # stops them after the interval, which is 5 seconds for each by default.
+            self.train_dataloader._iterator = None
 
 
 def build_runner(

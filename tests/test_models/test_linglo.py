@@ -25,49 +25,41 @@ def tiny(**kwargs):
     return model
 
 
-@pytest.mark.parametrize('size', [(32, 32), (64, 96), (97, 65), (33, 130)])
-@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,), (1, 3), (0,), (-1,), (2, 0), 3, -2])
-def test_output_shapes(size, out_indices):
-    outs = tiny(out_indices=out_indices).eval()(torch.rand(2, 3, *size))
-    assert isinstance(outs, tuple)
-    stages = (out_indices,) if isinstance(out_indices, int) else out_indices
-    assert [tuple(out.shape) for out in outs] == [
-        (2, TINY_ARCH['embed_dims'][i], *(math.ceil(s / STRIDES[i]) for s in size)) for i in stages
-    ]
-
-
 @pytest.mark.parametrize('arch', ['b0', 'b1', 'b2'])
 @pytest.mark.parametrize(
     ('deploy', 'millions'),
     [(False, dict(b0=3.81, b1=14.14, b2=25.97)), (True, dict(b0=3.60, b1=13.73, b2=25.15))],
 )
 def test_parameter_counts(arch, deploy, millions):
-    model = LinGlo(arch, out_indices=(3,), deploy=deploy)
-    head = torch.nn.Linear(model.arch['embed_dims'][-1], 1000)
+    with torch.device('meta'):
+        model = LinGlo(arch, out_indices=(3,), deploy=deploy)
+        head = torch.nn.Linear(model.arch['embed_dims'][-1], 1000)
     sizes = {key: model.arch[key] for key in ('embed_dims', 'depths', 'num_heads', 'mlp_ratio')}
     counted = sum(p.numel() for module in (model, head) for p in module.parameters())
     assert counted == linglo_parameters(**sizes, num_classes=1000, deploy=deploy)
     assert counted / 1e6 == pytest.approx(millions[arch], rel=5e-3)
 
 
-@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,), (1, 2, 3), (0,), (1,), (2, -1)])
-@pytest.mark.parametrize('with_cp', [False, True])
-@pytest.mark.parametrize('frozen_stages', [-1, 0, 1])
-def test_every_parameter_gets_a_gradient(out_indices, with_cp, frozen_stages):
-    """Otherwise DistributedDataParallel fails without find_unused_parameters."""
-    model = tiny(out_indices=out_indices, with_cp=with_cp, frozen_stages=frozen_stages).train()
+@pytest.mark.parametrize(
+    'out_indices',
+    [(3,), (1, 3), (0,), (-1,), (2, 0), (2, -1), 3, -2, np.int64(3), [np.int64(-1), 1]],
+)
+@pytest.mark.parametrize('frozen_stages', [-1, 1])
+def test_out_indices(out_indices, frozen_stages):
+    """Whatever is built gets a gradient, or DistributedDataParallel would wait for it."""
+    model = tiny(out_indices=out_indices, frozen_stages=frozen_stages).train()
     outs = model(torch.rand(2, 3, 64, 64))
+    assert isinstance(outs, tuple)
+    stages = [out_indices] if isinstance(out_indices, (int, np.integer)) else out_indices
+    assert [tuple(out.shape) for out in outs] == [
+        (2, TINY_ARCH['embed_dims'][i], 64 // STRIDES[i], 64 // STRIDES[i]) for i in stages
+    ]
     loss = sum((out * torch.randn_like(out)).sum() for out in outs)
-    if not loss.requires_grad:
-        assert not any(p.requires_grad for p in model.parameters())
-        return
-    loss.backward()
+    assert loss.requires_grad == any(p.requires_grad for p in model.parameters())
+    if loss.requires_grad:
+        loss.backward()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert parameter.grad.isfinite().all(), name
-        else:
-            assert parameter.grad is None, name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
 def test_frozen_stages():
@@ -101,46 +93,19 @@ def test_norm_eval_keeps_statistics_but_trains_weights():
     assert all(norm.weight.requires_grad for norm in norms)
 
 
-@pytest.mark.parametrize('norm_eval', [False, True])
-def test_checkpointing_changes_nothing(norm_eval):
-    """Neither outputs, gradients nor statistics; drop-path and batch norms included."""
-    plain = randomize_norms_(tiny(drop_path_rate=0.3, norm_eval=norm_eval)).double().train()
-    checkpointed = tiny(drop_path_rate=0.3, norm_eval=norm_eval, with_cp=True).double().train()
-    checkpointed.load_state_dict(plain.state_dict())
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    for model in (plain, checkpointed):
-        torch.manual_seed(1)
-        model.outs = model(x)
-        sum((out**2).mean() for out in model.outs).backward()
-    assert_close(checkpointed.outs, plain.outs)
-    for (name, p), (_, q) in zip(plain.named_parameters(), checkpointed.named_parameters()):
-        assert_close(q.grad, p.grad, msg=lambda m, name=name: f'{name}: {m}')
-    assert_close(checkpointed.state_dict(), plain.state_dict())
-
-
 def test_drop_path_rates():
     model = LinGlo('b0', drop_path_rate=0.1)
     rates = [block.drop_path.p for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.1 * i / 9 for i in range(10)])
 
 
-def test_deployed_form_is_equal():
-    model = randomize_norms_(tiny()).double()
-    x = torch.randn(2, 3, 75, 64, dtype=torch.float64)
+def test_training_form_is_not_switched():
     with pytest.raises(RuntimeError, match=r'model\.eval\(\)'):
-        model.switch_to_deploy()
-    expected = model.eval()(x)
-    model.switch_to_deploy()
-    assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
-    model.switch_to_deploy()
-    assert not any(isinstance(m, _BatchNorm) for m in model.modules())
-    fresh = LinGlo(arch=TINY_ARCH, deploy=True).double().eval()
-    fresh.load_state_dict(model.state_dict())
-    assert_close(fresh(x), expected, rtol=1e-9, atol=1e-9)
+        tiny().switch_to_deploy()
 
 
 def test_a_wrong_fusion_is_caught():
-    """The comparison above fails when one branch's bias is lost."""
+    """The comparison of test_variants.py fails when one branch's bias is lost."""
     model = randomize_norms_(tiny()).double().eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected = model(x)
@@ -225,12 +190,6 @@ def test_images_must_not_be_smaller_than_the_largest_stride(strides, out_indices
         model(torch.rand(shape))
 
 
-def test_stage_numbers_of_numpy():
-    for out_indices in (np.int64(3), np.array([1, 3]).tolist(), [np.int64(-1), np.int32(1)]):
-        outs = tiny(out_indices=out_indices)(torch.rand(2, 3, 32, 32))
-        assert outs[0].shape[1] in TINY_ARCH['embed_dims']
-
-
 VARIANTS_BEFORE = torch.load(ROOT / 'tests/data/linglo_before_network_py.pth')
 
 
@@ -266,14 +225,3 @@ def test_fx_traces_the_network():
         expected = model(x)[3]
     assert maps['stages.2'].shape == (1, 4, 4, TINY_ARCH['embed_dims'][2])
     assert_close(maps['norm3'].permute(0, 3, 1, 2), expected)
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_autocast_is_finite(dtype):
-    model = tiny().train()
-    with torch.autocast('cpu', dtype=dtype):
-        outs = model(10 * torch.randn(2, 3, 64, 64))
-        loss = sum(out.float().mean() for out in outs)
-    loss.backward()
-    assert all(out.isfinite().all() for out in outs)
-    assert all(p.grad.isfinite().all() for p in model.parameters())

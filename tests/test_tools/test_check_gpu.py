@@ -4,6 +4,7 @@
 import json
 
 import pytest
+import torch
 from conftest import import_tool
 
 from mmlinglo.analysis import gpu_checks
@@ -40,6 +41,7 @@ def test_a_wrong_form_is_found(tmp_path, monkeypatch):
     right = GroupedPositionalEncoding.rewrite
     wrong = lambda self, x: None if (out := right(self, x)) is None else 1.01 * out  # noqa: E731
     monkeypatch.setattr(GroupedPositionalEncoding, 'rewrite', wrong)
+    monkeypatch.setattr(torch, 'compile', lambda model, **_: model)  # takes long
     with pytest.raises(UsageError, match='checks missed'):
         rows_of(tmp_path, 'checks')
     rows = json.loads((tmp_path / 'checks.json').read_text())['rows']

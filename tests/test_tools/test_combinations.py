@@ -4,6 +4,7 @@
 import json
 import pickle
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,6 +56,7 @@ CASES = dict(
     layer_decay="optim_wrapper = dict(constructor='mmlinglo.LayerDecayOptimWrapperConstructor', "
     'paramwise_cfg=dict(layer_decay_rate=0.9))',
     compiled="compile = dict(backend='eager')",
+    inductor='compile = True',
     skip="default_hooks = dict(non_finite=dict(action='skip'))",
     workers='train_dataloader = dict(num_workers=1, persistent_workers=True)',
 )
@@ -77,6 +79,8 @@ def finite_checkpoint(work_dir, task):
 def test_trains_and_is_tested(case, task, run, shapes, tmp_path):
     if case == 'mixed' and task not in MIXED:
         pytest.skip('mmpretrain mixes in its models')
+    if case == 'inductor' and not shutil.which('g++'):
+        pytest.skip('torch.compile needs g++')
     extra = MIXED[task] if case == 'mixed' else CASES[case]
     config = write_tiny_config(tmp_path, shapes, task, extra)
     every = ['--cfg-options', 'default_hooks.logger.interval=1']

@@ -20,7 +20,7 @@ def root(tmp_path):
         "import sys\nopen(sys.argv[1], 'a').write('x')\nprint('noise\\n| a |\\n|---|\\n| 7 |')"
     )
     (tmp_path / 'fail.py').write_text("raise SystemExit('error: no luck')")
-    (tmp_path / 'hang.sh').write_text('echo begun\n(sleep 7; touch late) & sleep 60\n')
+    (tmp_path / 'hang.sh').write_text('echo begun\n(sleep 4; touch late) & sleep 60\n')
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def test_steps(root):
     found = run(root, steps, resume=True)
     assert 'good' not in found
     assert calls.read_text() == 'xxx'  # finished commands of other steps are not run again
-    time.sleep(8)
+    time.sleep(4)
     assert not (root / 'late').exists()  # the hanging command's child was stopped with it
 
 

@@ -54,9 +54,9 @@ def test_seeded(shapes, tmp_path):
     assert (tmp_path / 'other' / first).read_bytes() != (out / first).read_bytes()
 
 
-def test_never_overwrites(shapes):
-    args = ['--num-train', 16, '--num-val', 8, '--num-demo', 2, '--size', 64]
-    assert 'exists already' in run_tool('tools/misc/make_shapes.py', shapes, *args).stdout
+def test_never_overwrites(shapes, capsys):
+    make_shapes(shapes, *'--num-train 16 --num-val 8 --num-demo 2 --size 64'.split())
+    assert 'exists already' in capsys.readouterr().out
     result = run_tool('tools/misc/make_shapes.py', shapes, check=False)
     assert result.returncode == 1
     assert f'\nerror: {shapes} exists' in f'\n{result.stderr}'
