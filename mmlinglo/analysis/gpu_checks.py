@@ -16,11 +16,15 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from mmlinglo import LinGlo
 from mmlinglo.analysis.benchmark import make_step, time_steps
 from mmlinglo.analysis.launches import FORMS, GroupedLinGlo, build_form, set_form
 from mmlinglo.analysis.memory import MIB
+from mmlinglo.models import ConditionalPositionalEncoding
+from mmlinglo.models.fast import gpu
+from mmlinglo.models.fast.patch_moments import patch_moments
 from mmlinglo.utils.deploy import build_model
 
 VARIANTS: Dict[str, dict] = {
@@ -40,6 +44,8 @@ VARIANTS: Dict[str, dict] = {
 }
 AT_MOST = 1e-3
 """Relative error in float32 of outputs and gradients, against float64 on the CPU."""
+KERNEL_AT_MOST = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative error of a kernel, by the type of the maps, which gradients are rounded to."""
 NO_WORSE = 2.0
 """Error in half precision over that of the network as the paper writes it, which has one too."""
 CHECK_COLUMNS = dict(
@@ -74,6 +80,7 @@ def check_all(device: str, arch: Any = 'b0', size: int = 96) -> Iterator[dict]:
     Yields:
         Rows with :data:`CHECK_COLUMNS`.
     """
+    yield from _check_kernels(device)
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     for name, kwargs in VARIANTS.items():
         reference = LinGlo(arch, fast=False, img_size=size, **kwargs).double()
@@ -88,6 +95,61 @@ def check_all(device: str, arch: Any = 'b0', size: int = 96) -> Iterator[dict]:
     reference = LinGlo(arch, fast=False).double()
     yield from _check_half(device, arch, reference, x)
     yield from _check_other_ways(device, arch, reference, x)
+
+
+def _check_kernels(device: str) -> Iterator[dict]:
+    """Each kernel of :mod:`mmlinglo.models.fast.gpu` against its eager form, in float64 on the CPU.
+
+    Maps have one line, odd sizes, and several programs in each direction. Where the kernels cannot run,
+    the eager form does in their place, and the sums for the weights are left out.
+    """
+    shapes = (4, 24, 1, 5), (2, 24, 7, 9), (2, 72, 101, 67)
+    layouts = torch.contiguous_format, torch.channels_last
+    for dtype, shape, layout in product(KERNEL_AT_MOST, shapes, layouts):
+        if torch.device(device).type == 'cpu' and dtype == torch.float16:
+            continue
+        x = (torch.randn(shape) + 1).to(dtype).contiguous(memory_format=layout)
+        head = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+        errors: Dict[str, float] = {}
+        moments = [_moments_and_gradient(x.to(device)), _moments_and_gradient(x.double())]
+        errors['product_sums, moments'] = _error(moments[0][:2], moments[1][:2])
+        errors['moments_backward, input_gradient'] = _error(moments[0][2:], moments[1][2:])
+        encoding = ConditionalPositionalEncoding(shape[1]).train()
+        encoding.fast = True
+        twin = copy.deepcopy(encoding).double()
+        encoding = encoding.to(device)
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            found = _encode(encoding, x.to(device), head.to(device))
+        expected = _encode(twin, x.double(), head.double())
+        errors['fuse, output'] = _error(found[:1], expected[:1])
+        statistics = [[*e.buffers()] for e in (encoding, twin)]
+        errors['fuse, running statistics'] = _error(*statistics)
+        errors['fuse_backward'] = _error(found[2:], expected[2:])
+        errors['input_gradient, with the convolution'] = _error(found[1:2], expected[1:2])
+        if gpu.is_usable(x.to(device)):
+            sums = gpu.weight_sums(head.to(device), x.to(device)).sum(0)
+            kernel = (shape[1], 1, 3, 3)
+            exact = conv2d_weight(x.double(), kernel, head.double(), padding=1, groups=shape[1])
+            exact = torch.cat([exact.flatten(1).t(), head.double().sum((0, 2, 3))[None]])
+            errors['weight_sums'] = _error([sums], [exact])
+        kind = 'channels-last' if layout is torch.channels_last else 'contiguous'
+        name = f'{str(dtype).removeprefix("torch.")}, {" x ".join(map(str, shape))}, {kind}'
+        for kernels, error in errors.items():
+            yield _verdict(f'{kernels}: {name}', 'rewritten', error, KERNEL_AT_MOST[dtype])
+
+
+def _moments_and_gradient(x: Tensor) -> List[Tensor]:
+    x = x.detach().requires_grad_()
+    moments = patch_moments(x)
+    loss = torch.cat([moment.flatten() for moment in moments]).square().sum()
+    return [*moments, *torch.autograd.grad(loss, x)]
+
+
+def _encode(encoding: nn.Module, x: Tensor, head: Tensor) -> List[Tensor]:
+    """Output of an encoding, and gradients of the input and the parameters."""
+    x = x.detach().requires_grad_()
+    out = encoding(x)
+    return [out, *torch.autograd.grad((out * head).sum(), [x, *encoding.parameters()])]
 
 
 def _check_half(device: str, arch: Any, reference: LinGlo, x: Tensor) -> Iterator[dict]:

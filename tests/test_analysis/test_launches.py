@@ -16,6 +16,7 @@ from mmlinglo.analysis.launches import (
     count_launches,
     run_backward,
 )
+from mmlinglo.models.fast import gpu
 
 IMAGES = (2, 3, 64, 64)
 
@@ -150,18 +151,82 @@ def test_grouped_branches_need_less():
     assert grouped_kept < 1.02 * kept
 
 
-def test_rewritten_encodings_move_and_keep_less():
-    plain, ours = (tiny(fast=fast).train() for fast in (False, True))
-    plain, ours = (count_launches(model, (2, 3, 512, 512)) for model in (plain, ours))
-    moved = [(found.forward + found.backward).bytes_moved for found in (ours, plain)]
-    assert moved[0] < 0.7 * moved[1]
-    assert ours.saved_bytes < 0.6 * plain.saved_bytes
+def ratios(plain, ours):
+    """Launches, bytes moved and bytes kept of ours, over those of the four branches."""
+    both = [found.forward + found.backward for found in (ours, plain)]
+    assert both[0].host_copies == both[0].syncs == 0
+    launches, moved = (
+        getattr(both[0], n) / getattr(both[1], n) for n in ('launches', 'bytes_moved')
+    )
+    return launches, moved, ours.saved_bytes / plain.saved_bytes
+
+
+@pytest.mark.parametrize('shape', [(8, 256, 56, 56), (8, 1024, 7, 7), (2, 256, 200, 336)], ids=str)
+def test_rewritten_encodings_launch_move_and_keep_less(shape):
+    batch_size, channels, *size = shape
+    encoding, found = mmlinglo.models.ConditionalPositionalEncoding(channels), []
+    for encoding.fast in (False, True):
+        # The layer before it is there for the encoding to have a gradient to hand on.
+        model = nn.Sequential(nn.Conv2d(3, channels, 1), encoding).train()
+        found.append(count_launches(model, (batch_size, 3, *size), 'fp16', channels_last=True))
+    launches, moved, kept = ratios(*found)
+    assert launches < 0.5
+    assert moved < 0.3
+    assert kept < 0.4
+    kernels = found[1].forward.operators + found[1].backward.operators
+    for name in (
+        'product_sums',
+        'moments',
+        'fuse',
+        'weight_sums',
+        'fuse_backward',
+        'input_gradient',
+    ):
+        assert kernels[name] == 1
+
+
+@pytest.mark.parametrize('images', [(8, 3, 224, 224), (2, 3, 800, 1344)], ids=str)
+def test_the_rewritten_network_launches_moves_and_keeps_less(images):
+    models = (build_form('linglo_b0', images[2:], 'train', form) for form in ('plain', 'rewritten'))
+    launches, moved, kept = ratios(*(count_launches(model, images, 'fp16') for model in models))
+    assert launches < 0.9
+    assert moved < 0.45
+    assert kept < 0.55  # attention, GELU and LayerNorm keep theirs
+
+
+def test_without_triton_tables_are_copied_once(monkeypatch):
+    monkeypatch.setattr(gpu, 'HAS_TRITON', False)
+    encodings = [mmlinglo.models.ConditionalPositionalEncoding(8) for _ in range(3)]
+    for encoding in encodings:
+        encoding.fast = True
+
+    def count(number):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), *encodings[:number]).train()
+        found = count_launches(model, (2, 3, 16, 16), 'fp16')
+        both = found.forward + found.backward
+        assert both.syncs == 0
+        return both.host_copies
+
+    assert count(1) == count(2) == count(3) <= 5
+
+
+@pytest.mark.parametrize('amp', ['none', 'fp16'])
+def test_rewriting_adds_no_launches_to_the_deployed_form(amp):
+    plain, ours = (
+        count_launches(build_form('linglo_b0', (224, 224), 'deploy', form), (8, 3, 224, 224), amp)
+        for form in ('plain', 'rewritten')
+    )
+    assert ours.forward.launches <= plain.forward.launches
+    assert ours.forward.bytes_moved <= plain.forward.bytes_moved
 
 
 @pytest.mark.parametrize(
-    'shape', [(8, 3136, 64, 1), (1, 16800, 128, 2), (1, 4200, 160, 5)], ids=str
+    'shape',
+    [(8, 3136, 64, 1), (1, 16800, 128, 2), (1, 4200, 160, 5), (8, 196, 160, 5), (1, 1050, 256, 8)],
+    ids=str,
 )
-def test_rewritten_attention_moves_less(shape):
+@pytest.mark.parametrize('amp', ['none', 'fp16'])
+def test_rewritten_attention_moves_less(shape, amp):
     batch_size, positions, channels, heads = shape
     attention = mmlinglo.KeyOnlyAttention(channels, heads)
     tokens = nn.Conv2d(3, channels, 1)
@@ -170,7 +235,7 @@ def test_rewritten_attention_moves_less(shape):
 
     def count(fast):
         attention.fast = fast
-        found = count_launches(model, (batch_size, 3, 1, positions), 'fp16')
+        found = count_launches(model, (batch_size, 3, 1, positions), amp)
         return found.forward + found.backward
 
     ours, literal = count(True), count(False)

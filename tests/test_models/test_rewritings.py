@@ -380,6 +380,28 @@ def test_deployment_refuses_exchanged_convolutions(conv):
     assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize('part', ['conv', 'bn'])
+@pytest.mark.parametrize('change', ['forward hook', 'forward', 'pruning'])
+def test_deployment_refuses_what_it_would_lose(change, part):
+    module = encoding(num_branches=4, skip=True).eval()
+    layer = getattr(module.branches[1], part)
+    if change == 'forward hook':
+        layer.register_forward_hook(lambda *_: None)
+    elif change == 'forward':
+        layer.forward = lambda x: 2 * x
+    else:
+        nn.utils.prune.random_unstructured(layer, 'weight', amount=0.5)
+    with pytest.raises(TypeError, match='a hook or another forward is attached'):
+        module.switch_to_deploy()
+    assert not module.deploy
+    if change == 'pruning':
+        nn.utils.prune.remove(layer, 'weight')
+        x = torch.randn(2, 12, 6, 7)
+        expected = module(x)
+        module.switch_to_deploy()
+        assert_close(module(x), expected)
+
+
 class Scaled(nn.Module):
     """An adapter around a layer, as PEFT libraries put them."""
 
@@ -599,15 +621,25 @@ def test_compile_and_trace(case):
 
 @pytest.mark.parametrize('name', ['attention', 'grouped', 'FFN'])
 def test_compile_in_training(name):
-    """One graph forward and one backward: outputs, gradients and running statistics.
-
-    In training all that is rewritten of the FFN is its encoding, which is RP-CPE.
-    """
+    """One graph forward and one backward: outputs, gradients and running statistics."""
     torch._dynamo.reset()
     module = CASES[name].build().double().train()
     x = torch.randn(CASES[name].shapes[-1], dtype=torch.float64)
     call = partial(torch.compile, backend='aot_eager', fullgraph=True)
     assert_close(run(module, x, call=call), run(module, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('dynamic', [None, True])
+def test_compile_in_training_for_several_sizes(dynamic):
+    """As the images of a detector come; from the second size on, Dynamo has symbolic sizes."""
+    torch._dynamo.reset()
+    module = CASES['RP-CPE'].build().double().train()
+    compiled = torch.compile(module, backend='aot_eager', dynamic=dynamic)
+    for size in ((7, 9), (14, 10), (5, 5)):
+        x = torch.randn(2, CASES['RP-CPE'].shapes[-1][1], *size, dtype=torch.float64)
+        with mmlinglo.literal():
+            expected = module(x)
+        assert_close(compiled(x), expected, rtol=1e-9, atol=1e-9)
 
 
 @needs_exporter

@@ -27,7 +27,8 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
 
     an image in a batch of B, where the definition takes 4 N C^2. The matrices are small, and
     cost more time a multiply-add, so it is taken below 5/8 of the definition's count. Where a
-    graph is captured for sizes that are not known, it is always taken.
+    graph is captured for sizes that are not known, it is always taken. On a GPU it is taken under
+    autocast only, and of larger maps.
 
     Example:
         >>> attn = KeyOnlyAttention(embed_dims=64, num_heads=2)
@@ -69,6 +70,13 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
         few_images = _is_known(batch_size <= 2)
         products = 2 * batch_size if few_images else batch_size + 2
         if _is_known(3 * batch_size * num_tokens <= 2 * products * channels):
+            return None
+        # On a GPU, by what is launched and moved forward and backward: without autocast up to 1.7
+        # times the definition's launches, and near that border more bytes, too.
+        if x.is_cuda and (
+            not torch.is_autocast_enabled('cuda')
+            or _is_known(2 * batch_size * num_tokens < 3 * (products + 1) * channels)
+        ):
             return None
         # In float32 at least: an error of the matrix would reach every position.
         with autocast_off(x):

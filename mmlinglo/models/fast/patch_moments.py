@@ -16,23 +16,24 @@ s - k is not in the map, which, since s + j - k is, happens only in the first
     n S_kj = R(j - k) - Row(j - k) - Column(j - k) + Corner
 
 with autocorrelations of border rows and columns, and squares of corners where
-both were taken away (``_ASSEMBLY`` has the terms of each pair). The sums run over
+both were taken away (:func:`_assembly` has the terms of each pair). The sums run over
 x minus its mean, so that large means do not cancel; what the mean contributes is
 known from the geometry.
 """
 
 from functools import lru_cache
 from itertools import product
-from typing import Any, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import gpu
 from .autocorrelation import autocorrelation
+from .gpu import OFFSETS
 from .precision import autocast_off, full_precision
 
-OFFSETS = list(product((-1, 0, 1), (-1, 0, 1)))
 LAGS = list(product((-2, -1, 0, 1, 2), (-2, -1, 0, 1, 2)))
 
 
@@ -56,6 +57,8 @@ class _PatchMoments(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tuple[Tensor, Tensor]:
         with autocast_off(x):
+            if gpu.is_usable(x):
+                return gpu.patch_moments(x)
             maps = x.permute(0, 2, 3, 1)
             centre = full_precision(maps).mean((0, 1, 2))
             return _moments(maps, centre, autocorrelation(maps, centre))
@@ -68,6 +71,9 @@ class _PatchMoments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_covariance: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         with autocast_off(x):
+            # The kernels have no derivative of their own; what follows has.
+            if gpu.is_usable(x) and not torch.is_grad_enabled():
+                return gpu.patch_moments_backward(x, mean, grad_mean, grad_covariance)
             return _moments_gradient(full_precision(x), mean, grad_mean, grad_covariance).to(
                 x.dtype
             )
@@ -77,13 +83,15 @@ def _moments(x: Tensor, centre: Tensor, correlation: Tensor) -> Tuple[Tensor, Te
     """Of maps (B, H, W, C), with their mean (C,) and the autocorrelation (C, 5, 5) of x - centre."""
     height, width = x.shape[1:3]
     n = x.numel() // x.shape[3]
-    second = _products(x, centre, correlation) @ _ASSEMBLY.to(centre) / n
+    second = _products(x, centre, correlation) @ _constant('assembly', centre) / n
 
     # First moments of x - centre where a shifted map overlaps the map, see _overlap.
     sums = _overlap_sums(x, centre) / n
-    overlap_mean, overlap_pair = (index.to(x.device) for index in (_OVERLAP_MEAN, _OVERLAP_PAIR))
+    overlap_mean, overlap_pair = (
+        _constant(name, centre) for name in ('overlap_mean', 'overlap_pair')
+    )
     mean = sums[:, overlap_mean]
-    inside_mean, inside_covariance = (m.to(centre) for m in _inside_moments(height, width))
+    inside_mean, inside_covariance = _inside_moments_like(height, width, centre)
     cross = centre.view(-1, 1, 1) * (
         sums[:, overlap_pair].view(-1, 9, 9) - mean.unsqueeze(2) * inside_mean
     )
@@ -105,8 +113,8 @@ def _products(x: Tensor, centre: Tensor, correlation: Tensor) -> Tensor:
     rows = torch.stack([x[:, 0], x[:, -1]]) - centre  # (2, B, W, C)
     columns = torch.stack([x[:, :, 0], x[:, :, -1]]) - centre
     border = torch.stack([_line_autocorrelation(lines) for lines in (rows, columns)])
-    border = border[:, [2, 1, 0, 1, 2]].permute(3, 0, 2, 1)  # (C, 2, 2, 5)
-    corners = rows[:, :, [0, -1]].square().sum(1)  # (2, 2, C)
+    border = torch.cat([border[:, 1:].flip(1), border], dim=1).permute(3, 0, 2, 1)  # (C, 2, 2, 5)
+    corners = torch.stack([rows[:, :, 0], rows[:, :, -1]], dim=2).square().sum(1)  # (2, 2, C)
     return torch.cat([correlation.flatten(1), border.flatten(1), corners.flatten(0, 1).t()], dim=1)
 
 
@@ -163,7 +171,7 @@ def _moments_gradient(
     # covariance = S - m m^T
     both = grad_covariance + grad_covariance.transpose(1, 2)
     shift = (grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)).view(-1, 3, 3) / n
-    grad = grad_covariance.flatten(1) @ _ASSEMBLY.to(mean).t() / n
+    grad = grad_covariance.flatten(1) @ _constant('assembly', mean).t() / n
     lags, border, corners = grad.split([25, 20, 4], dim=1)
     border, corners = border.view(-1, 2, 2, 5), 2 * corners.view(-1, 2, 2)
 
@@ -206,12 +214,41 @@ def _assembly() -> Tensor:
     return matrix.flatten(1)
 
 
-_ASSEMBLY = _assembly()
-
-
 def _overlap_index(k: Tuple[int, int], j: Tuple[int, int]) -> int:
     return LAGS.index((_overlap(k[0], j[0]), _overlap(k[1], j[1])))
 
 
-_OVERLAP_MEAN = torch.tensor([_overlap_index(k, (0, 0)) for k in OFFSETS])
-_OVERLAP_PAIR = torch.tensor([_overlap_index(k, j) for k, j in product(OFFSETS, OFFSETS)])
+_CONSTANTS = dict(
+    assembly=_assembly(),
+    overlap_mean=torch.tensor([_overlap_index(k, (0, 0)) for k in OFFSETS]),
+    overlap_pair=torch.tensor([_overlap_index(k, j) for k, j in product(OFFSETS, OFFSETS)]),
+)
+_ON_DEVICES: Dict[Any, Any] = {}
+
+
+def _constant(name: str, like: Tensor) -> Tensor:
+    """A table on the device of ``like``; of real numbers, in its type."""
+    table = _CONSTANTS[name]
+    dtype = like.dtype if table.is_floating_point() else table.dtype
+    return _keep((name, dtype), like, lambda: table.to(like.device, dtype))
+
+
+def _inside_moments_like(height: int, width: int, like: Tensor) -> Tuple[Tensor, Tensor]:
+    def make() -> Tuple[Tensor, Tensor]:
+        mean, covariance = _inside_moments(height, width)
+        return mean.to(like), covariance.to(like)
+
+    return _keep((height, width, like.dtype), like, make)
+
+
+def _keep(key: Tuple, like: Tensor, make: Callable) -> Any:
+    """What was made for the device of ``like`` before: a copy to a GPU would be one in each step."""
+    if like.device.type == 'cpu' or torch.compiler.is_compiling():
+        return make()
+    # Tensors without data belong to their mode.
+    mode = getattr(like, 'fake_mode', None)
+    kept = _ON_DEVICES if mode is None else mode.__dict__.setdefault('mmlinglo_constants', {})
+    key = (*key, like.device)
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]

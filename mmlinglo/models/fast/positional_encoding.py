@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import network
 from ..arguments import check_integer
+from . import gpu
 from .patch_moments import patch_moments
 from .precision import autocast_off
 from .seam import Rewriting
@@ -70,9 +71,15 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         return self.reparam(x) if self.deploy else super().forward(x)
 
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
-        # Of a single value, batch norm refuses to take statistics, with an error of its own.
-        if not self.is_linear or (self.uses_batch_statistics and x.numel() == x.shape[1]):
+        if not self.is_linear:
             return None
+        # Dynamo cannot trace the moments once sizes are symbolic, and of a single value, batch
+        # norm refuses to take statistics, with an error of its own.
+        if self.uses_batch_statistics:
+            if torch.compiler.is_compiling() or x.numel() == x.shape[1]:
+                return None
+        if gpu.is_usable(x) and self.uses_batch_statistics and self._is_for_kernels:
+            return self._encode_on_gpu(x)
         kernel, bias = self.kernel_and_bias(x)
         return F.conv2d(x, kernel, bias, padding=1, groups=kernel.shape[0])
 
@@ -100,6 +107,34 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         """Whether :meth:`kernel_and_bias` depends on the values of ``x``."""
         return not self.deploy and _uses_batch(self.branches[0][1])
 
+    @property
+    def _is_for_kernels(self) -> bool:
+        """Whether the kernels of :mod:`.gpu` can do the algebra of the branches, too."""
+        norms = [branch[1] for branch in self.branches]
+        first = norms[0]
+        return all(
+            type(norm) is nn.BatchNorm2d
+            and norm.eps == first.eps
+            and norm.momentum is not None
+            and norm.momentum == first.momentum
+            and norm.training == first.training
+            and norm.track_running_stats == first.track_running_stats
+            for norm in norms
+        ) and all(parameter.dtype == torch.float32 for parameter in self.parameters())
+
+    def _encode_on_gpu(self, x: Tensor) -> Tensor:
+        convs, norms = zip(*self.branches)
+        first = norms[0]
+        parameters = [conv.weight for conv in convs]
+        parameters += [norm.weight for norm in norms] + [norm.bias for norm in norms]
+        out, statistics = gpu.encode(x, self.skip, first.eps, parameters)
+        if first.training and first.track_running_stats:
+            running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+            with torch.no_grad():
+                torch._foreach_lerp_(running, statistics.flatten(0, 1).unbind(), first.momentum)
+                torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        return out
+
     def kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Kernel and bias that do the work of all branches on ``x``; running statistics are updated.
 
@@ -120,8 +155,10 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
             else:
                 mean = torch.stack([norm.running_mean for norm in norms])
                 var = torch.stack([norm.running_var for norm in norms])
-            eps = var.new_tensor([norm.eps for norm in norms]).unsqueeze(1)
-            scale = (var + eps).rsqrt()
+            if len({norm.eps for norm in norms}) == 1:
+                scale = (var + norms[0].eps).rsqrt()
+            else:
+                scale = torch.stack([v + norm.eps for v, norm in zip(var, norms)]).rsqrt()
             if norms[0].affine:
                 scale = scale * torch.stack([norm.weight for norm in norms])
             kernel = (scale.unsqueeze(-1) * kernels).sum(0)
@@ -225,6 +262,12 @@ def _fuse_conv_norm(conv: nn.Module, norm: Optional[nn.Module] = None) -> Tuple[
     """Kernel and bias, in float64, of a convolution followed by its batch norm."""
     if not isinstance(conv, nn.Conv2d) or not _is_depthwise(conv):
         raise TypeError(f'only depth-wise 3x3 convolutions can be fused, got {conv}')
+    for layer in filter(None, (conv, norm)):
+        if layer._forward_hooks or layer._forward_pre_hooks or 'forward' in layer.__dict__:
+            raise TypeError(
+                f'a hook or another forward is attached to {layer}, and the fused convolution would '
+                'be without it: remove it first (of pruning, with torch.nn.utils.prune.remove)'
+            )
     kernel = conv.weight.double()
     bias = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.double()
     if norm is None:
