@@ -1,6 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Load checkpoints completely or not at all, without running code from the file."""
 
+import hashlib
 import json
 import os
 import os.path as osp
@@ -137,11 +138,26 @@ def _read(path: str, source: str, trust: bool) -> Any:
 
 
 def _downloaded(url: str) -> str:
-    """Download a file to where torch.hub keeps it. Its own loader unpacks old archives first, and reads in full."""
-    path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(url).path))
+    """Download a file into torch.hub's folder, once for each URL, and check the hash in its name.
+
+    torch.hub's own loader keeps one file for each base name, unpacks old archives, and reads in full.
+
+    Raises:
+        CheckpointError: If the name ends with other digits of the SHA-256 hash than the file has.
+    """
+    name = osp.basename(urlparse(url).path)
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', f'{key}-{name}')
     if not osp.exists(path):
+        # 8 digits, as publish_model.py and OpenMMLab write them; a date is no hash
+        found = re.search(r'-(?!\d{8}\.)([0-9a-f]{8})\.\w+$', name)
         os.makedirs(osp.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, path)
+        try:
+            torch.hub.download_url_to_file(url, path, found[1] if found else None)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f'{url!r} was damaged on the way or is another file than its name says: {error}'
+            ) from error
     return path
 
 
@@ -187,10 +203,9 @@ def find_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
     }
     plain = _unwrap(weights)
     found = {
-        wrapper
-        for prefix, wrapper in WRAPPERS.items()
+        WRAPPERS[part]
         for key in weights.keys() - plain.keys()
-        if prefix in key.split('.')
+        for part in WRAPPERS.keys() & key.split('.')
     }
     if found:
         print_log(f'names of weights: prefixes of {" and ".join(sorted(found))} removed', 'current')
@@ -225,7 +240,7 @@ def load_model_weights(model: nn.Module, checkpoint: dict, source: str) -> None:
         CheckpointError: If the weights are of another model, or not finite.
     """
     weights, expected = find_state_dict(checkpoint), model.state_dict()
-    _check(weights, expected, source, unexpected=[key for key in weights if key not in expected])
+    _check(weights, expected, source)
     check_finite(weights, source, expected)
     model.load_state_dict(weights)
 
@@ -247,7 +262,7 @@ def check_resumable(
     weights, expected = find_state_dict(checkpoint), model.state_dict()
     expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
     try:
-        _check(weights, expected, source, unexpected=[k for k in weights if k not in expected])
+        _check(weights, expected, source)
     except CheckpointError as error:
         raise CheckpointError(f'{error}. {NOT_RESUMABLE.format(source=source)}') from error
     states = checkpoint.get('optimizer') or {}
@@ -328,7 +343,7 @@ def load_pretrained_backbone(
     new = [key for key in expected if key in output_norms and key not in weights]
     shared = {key: weights[key] for key in expected if key in weights}
     required = {key: value for key, value in expected.items() if key not in new}
-    _check(weights, required, source, unexpected=[])
+    _check(weights, required, source, strict=False)
     check_finite(shared, source, expected)
     backbone.load_state_dict(shared, strict=False)
     print_log(
@@ -339,8 +354,9 @@ def load_pretrained_backbone(
 
 
 def _check(
-    weights: Dict[str, Tensor], expected: Dict[str, Tensor], source: str, unexpected: List[str]
+    weights: Dict[str, Tensor], expected: Dict[str, Tensor], source: str, strict: bool = True
 ) -> None:
+    """Raise CheckpointError if tensors are missing, of another shape or, if ``strict``, unexpected."""
     # Files written before torch 1.0 have no batch counter; it is not part of the network.
     missing = [k for k in expected if k not in weights and 'num_batches_tracked' not in k]
     shapes = [
@@ -348,6 +364,7 @@ def _check(
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
+    unexpected = [key for key in weights if key not in expected and strict]
     odd = [key for key in expected if key in weights and not _is_plain(weights[key])]
     problems = [
         f'{len(keys)} tensors {what}: {_shorten(keys)}'

@@ -1,4 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import hashlib
 from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -260,6 +261,12 @@ def test_a_url_is_read_safely_and_kept(tmp_path, monkeypatch):
     served.mkdir()
     torch.save({'state_dict': {'weight': torch.ones(2)}}, served / 'good.pth')
     torch.save({'state_dict': {}, 'meta': Malicious()}, served / 'bad.pth')
+    (served / 'other').mkdir()
+    torch.save({'state_dict': {'weight': torch.zeros(2)}}, served / 'other/good.pth')
+    content = (served / 'good.pth').read_bytes()
+    digits = hashlib.sha256(content).hexdigest()[:8]
+    for name in (f'right-{digits}', 'wrong-0123abcd', 'date-20260131'):
+        (served / f'{name}.pth').write_bytes(content)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     handler = partial(SimpleHTTPRequestHandler, directory=str(served))
     with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
@@ -270,7 +277,16 @@ def test_a_url_is_read_safely_and_kept(tmp_path, monkeypatch):
             load_checkpoint_file(f'{address}/bad.pth')
         with pytest.raises(CheckpointError, match=r'absent\.pth. cannot be read: HTTP Error 404'):
             load_checkpoint_file(f'{address}/absent.pth')
+        other = load_checkpoint_file(f'{address}/other/good.pth')
+        for name in (f'right-{digits}', 'date-20260131'):
+            load_checkpoint_file(f'{address}/{name}.pth')
+        for _ in range(2):  # nothing wrong is kept
+            with pytest.raises(
+                CheckpointError, match=r'wrong-0123abcd\.pth. was damaged on the way'
+            ):
+                load_checkpoint_file(f'{address}/wrong-0123abcd.pth')
         server.shutdown()
+    assert torch.equal(other['state_dict']['weight'], torch.zeros(2))
     assert torch.equal(loaded['state_dict']['weight'], torch.ones(2))
     assert torch.equal(
         load_checkpoint_file(f'{address}/good.pth')['state_dict']['weight'], torch.ones(2)
