@@ -11,7 +11,6 @@ status is 1.
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterable, List, Optional
 
@@ -24,16 +23,19 @@ from mmlinglo.utils.deploy import count_input_channels
 from mmlinglo.utils.files import complete_file
 from mmlinglo.utils.inference import DRAWINGS, PICTURE_SUFFIXES, PREDICTIONS, Predictor
 
+CLASSES = 'classes.json'  # names of the classes, in the folder of the results
+
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = cli.config_parser(__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('input', help='a picture, a folder of pictures or a video')
-    parser.add_argument('--out-dir', default='outputs', help='folder for the results')
-    parser.add_argument('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
-    parser.add_argument('--batch-size', type=int, default=1, help='pictures or frames at a time')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score of drawn boxes')
-    parser.add_argument('--deploy', action='store_true', help='re-parameterise the model first')
+    add = parser.add_argument
+    add('checkpoint', help='checkpoint file')
+    add('input', help='a picture, a folder of pictures or a video')
+    add('--out-dir', default='outputs', help='folder for the results')
+    add('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
+    add('--batch-size', type=int, default=1, help='pictures or frames at a time')
+    add('--score-thr', type=float, default=0.3, help='lowest score of drawn boxes')
+    add('--deploy', action='store_true', help='re-parameterise the model first')
     cli.add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -59,23 +61,24 @@ def infer_pictures(build: Callable[[], Predictor], source: Path, args: argparse.
     out_dir = Path(args.out_dir)
     folder, names, others = source.parent, [source.name], 0
     if source.is_dir():
-        files = list(inference.list_files(source, (out_dir / DRAWINGS, out_dir / PREDICTIONS)))
+        listed = inference.list_files(source, (out_dir / DRAWINGS, out_dir / PREDICTIONS))
+        files = [x for x in listed if source / x != out_dir / CLASSES]
         folder, names = source, [x for x in files if x.lower().endswith(PICTURE_SUFFIXES)]
         others = len(files) - len(names)
     if not names:
         raise UsageError(f'no pictures ({", ".join(PICTURE_SUFFIXES)}) in {str(source)!r}')
-    outcomes: Counter = Counter()
+    skipped = 0
     steps = inference.annotate_pictures(build(), folder, names, out_dir, args.batch_size)
     for name, problem in progress(steps, len(names)):
-        outcomes[problem is None] += 1
         if problem is not None:
+            skipped += 1
             print(f'{folder / name}: skipped: {problem}', file=sys.stderr)
-    done, drawings, predictions = outcomes[True], out_dir / DRAWINGS, out_dir / PREDICTIONS
-    print(f'{done} pictures in {drawings}, predictions in {predictions}')
+    done = len(names) - skipped
+    print(f'{done} pictures in {out_dir / DRAWINGS}, predictions in {out_dir / PREDICTIONS}')
     if others:
         print(f'{others} files of other kinds passed over')
-    if outcomes[False]:
-        raise UsageError(f'{outcomes[False]} of {len(names)} pictures skipped, see above')
+    if skipped:
+        raise UsageError(f'{skipped} of {len(names)} pictures skipped, see above')
 
 
 def infer_video(build: Callable[[], Predictor], source: Path, args: argparse.Namespace) -> None:
@@ -111,7 +114,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         except ValueError as error:
             raise UsageError(f'{args.config}: {error}') from error
         if predictor.classes:
-            with complete_file(Path(args.out_dir) / 'classes.json') as file:
+            with complete_file(Path(args.out_dir) / CLASSES) as file:
                 file.write_text(json.dumps(list(predictor.classes)))
         print(f'{args.checkpoint}: loaded, predicting on {device}', file=sys.stderr)
         return predictor

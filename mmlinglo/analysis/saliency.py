@@ -10,12 +10,11 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DefaultScope
+from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 
 from mmlinglo.models import KeyOnlyAttention, LinGlo
-from mmlinglo.utils.inference import UnreadableError, read_picture
+from mmlinglo.utils.inference import InputPipeline, UnreadableError
 
 Block = Tuple[int, int]
 
@@ -115,7 +114,7 @@ def saliency_maps(
         with _record(backbone, attentions) as (shapes, results):
             backbone(image[None].to(backbone.patch_embed.conv.weight))
     else:
-        data = _preprocess(model, image, cfg, channels)
+        data = _prepare(model, image, cfg, channels)
         picture = _to_picture(data['inputs'])
         with _record(backbone, attentions) as (shapes, results):
             model.test_step(pseudo_collate([data]))
@@ -209,7 +208,7 @@ def _record(
             handle.remove()
 
 
-def _preprocess(
+def _prepare(
     model: nn.Module, image: Union[str, Path, np.ndarray], cfg: Optional[Config], channels: int
 ) -> dict:
     """Apply the config's test pipeline, without annotations."""
@@ -220,45 +219,11 @@ def _preprocess(
             'a file or an array needs a classifier, detector or segmentor and its config (cfg): '
             f'for this {type(model).__name__} give a normalized tensor'
         )
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
-    if 'pipeline' not in dataset:
-        raise ValueError('the config has no test_dataloader.dataset.pipeline to prepare the image')
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        if not isinstance(image, np.ndarray):
-            image = _load(image, [step for step in dataset['pipeline'] if _loads_image(step)])
-        # Annotations are not needed.
-        others = [step for step in dataset['pipeline'] if not _name_of(step).startswith('Load')]
-        prepare = Compose(others)
-    # A loader may give one channel as (H, W).
-    if image.shape[2:] != (channels,) and not (channels == 1 and image.ndim == 2):
-        raise ValueError(
-            f'the picture must have the shape (H, W, {channels}), as the backbone has '
-            f'in_channels={channels}, got {image.shape}'
-        )
-    shape = image.shape[:2]
-    return prepare(dict(img=image, img_path=None, img_id=0, img_shape=shape, ori_shape=shape))
-
-
-def _load(path: Union[str, Path], loaders: List[dict]) -> np.ndarray:
-    """Read a picture as the inferencers do, or by the config's own loader if it is another one."""
-    usual = {'type', 'backend_args', 'file_client_args'}
+    source = image if isinstance(image, np.ndarray) else Path(image)
     try:
-        if all(_name_of(x) == 'LoadImageFromFile' and set(x) <= usual for x in loaders):
-            return read_picture(Path(path))
-        return Compose(loaders)(dict(img_path=str(path)))['img']
+        return InputPipeline(cfg)(source, channels).data
     except UnreadableError as error:
-        raise UnreadableError(f'{str(path)!r}: {error}') from error
-    except Exception as error:  # each loader has its own kinds
-        raise UnreadableError(f'{str(path)!r}: {type(error).__name__}: {error}') from error
-
-
-def _name_of(transform: dict) -> str:
-    kind = transform['type']  # a class in configs of pure Python
-    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
-
-
-def _loads_image(transform: dict) -> bool:
-    return _name_of(transform).startswith('Load') and 'Annotations' not in _name_of(transform)
+        raise UnreadableError(f'{str(source)!r}: {error}') from error
 
 
 def _to_picture(pixels: Tensor) -> np.ndarray:

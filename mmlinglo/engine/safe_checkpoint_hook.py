@@ -45,18 +45,15 @@ class WholeFileBackend(LocalBackend):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except OSError as error:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             free = shutil.disk_usage(path.parent).free
             raise TrainingError(
                 f'{path.name} needs {_megabytes(len(obj))}, but {path.parent} has only '
                 f'{_megabytes(free)} free ({error.strerror}); earlier checkpoints are complete'
             ) from error
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # stores the new name too
@@ -249,26 +246,21 @@ class SafeCheckpointHook(CheckpointHook):
         if self.out_dir is not None and Path(self.out_dir) != folder:
             folder = Path(self.out_dir, folder.name)
         others = self._whole_checkpoints(folder)
-        if named is not None and named.is_file() and zipfile.is_zipfile(named):
+        if named is None:
+            return str(others[-1]) if others else None
+        if zipfile.is_zipfile(named):
             step, time = self._step(named), named.stat().st_mtime
             # for runs killed before last_checkpoint was written; an older run may have a higher step
-            others = [p for p in others if self._step(p) > step and p.stat().st_mtime > time]
-            found = others[-1] if others else named
-        elif others:
-            found = others[-1]
-            if named is not None:
-                runner.logger.warning(
-                    f'{pointer} names {named}, which is not a complete checkpoint: '
-                    f'resuming from {found}, the newest complete one'
-                )
-        elif named is not None:
+            later = [p for p in others if self._step(p) > step and p.stat().st_mtime > time]
+            return str([named, *later][-1])
+        broken = f'{pointer} names {named}, which is not a complete checkpoint'
+        if not others:
             raise TrainingError(
-                f'{pointer} names {named}, which is not a complete checkpoint, and {folder} has no '
-                f'other one: restore it, or remove {pointer} to start from the beginning'
+                f'{broken}, and {folder} has no other one: restore it, or remove {pointer} to start '
+                'from the beginning'
             )
-        else:
-            return None
-        return str(found)
+        runner.logger.warning(f'{broken}: resuming from {others[-1]}, the newest complete one')
+        return str(others[-1])
 
     def _whole_checkpoints(self, folder: Path) -> List[Path]:
         """List the regular checkpoints that torch finished writing, the newest last."""

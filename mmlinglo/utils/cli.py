@@ -33,15 +33,15 @@ LAYOUTS = {
     'ADEChallengeData2016': 'configs/ade20k',
     'data/imagenet': 'configs/imagenet',
 }
-# What mmengine's logging back ends import, and what to install for it.
+# What mmengine's logging back ends import. pip knows the packages by the same names.
 LOG_PACKAGES = dict(
-    AimVisBackend=('aim', 'aim'),
-    ClearMLVisBackend=('clearml', 'clearml'),
-    DVCLiveVisBackend=('dvclive', 'dvclive'),
-    MLflowVisBackend=('mlflow', 'mlflow'),
-    NeptuneVisBackend=('neptune', 'neptune'),
-    TensorboardVisBackend=('tensorboard', 'tensorboard'),
-    WandbVisBackend=('wandb', 'wandb'),
+    AimVisBackend='aim',
+    ClearMLVisBackend='clearml',
+    DVCLiveVisBackend='dvclive',
+    MLflowVisBackend='mlflow',
+    NeptuneVisBackend='neptune',
+    TensorboardVisBackend='tensorboard',
+    WandbVisBackend='wandb',
 )
 
 
@@ -297,7 +297,8 @@ def _use_one_log_writer(cfg: Config) -> None:
     """If the config uses mmengine's LoggerHook, let only the main process write log files."""
     hooks = cfg.setdefault('default_hooks', {})
     logger = hooks.setdefault('logger', dict(type='LoggerHook'))
-    if logger is not None and logger.get('type') in ('LoggerHook', LoggerHook):
+    kinds = ('LoggerHook', 'mmengine.LoggerHook', LoggerHook)
+    if logger is not None and logger.get('type') in kinds:
         logger['type'] = 'mmlinglo.MainProcessLoggerHook'
 
 
@@ -306,6 +307,6 @@ def check_log_backends(cfg: Config) -> None:
     for backend in backends:
         kind = backend['type'] if isinstance(backend, dict) else backend
         name = kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
-        package, install = LOG_PACKAGES.get(name, ('sys', ''))
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f'{name} needs another package: pip install {install}')
+        package = LOG_PACKAGES.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UsageError(f'{name} needs another package: pip install {package}')

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import (
@@ -35,7 +36,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS
+from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS, DefaultScope
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
@@ -68,29 +69,39 @@ class Prediction(NamedTuple):
     labels: Optional[np.ndarray] = None
 
 
-class Predictor:
-    """A model with its test pipeline and its way to draw.
+class InputPipeline:
+    """The test pipeline of a config, without the loading of annotations.
 
     Args:
-        model: In evaluation mode.
-        transforms: The test pipeline without the loading of annotations.
-        classes: Names of the classes, if they are known.
-        describe: Makes a :class:`Prediction` of an image (H, W, 3), RGB, and a data sample.
+        cfg: The experiment's config.
+
+    Raises:
+        ValueError: If the config has no test pipeline.
     """
 
-    def __init__(
-        self, model: nn.Module, transforms: List[Callable], classes: Any, describe: Callable
-    ) -> None:
-        self.model = model
-        self.transforms = transforms
-        self.classes = classes
-        self.describe = describe
+    def __init__(self, cfg: Config) -> None:
+        dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
+        if 'pipeline' not in dataset:
+            raise ValueError(
+                'the config has no test_dataloader.dataset.pipeline, which prepares the images'
+            )
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            self.transforms: List[Callable] = [
+                TRANSFORMS.build(step)
+                for step in copy.deepcopy(dataset['pipeline'])
+                if 'Annotation' not in getattr(step['type'], '__name__', step['type'])
+            ]
 
-    def load(self, source: Union[Path, np.ndarray]) -> Sample:
-        """Prepare a file, read by the config's loader, or an image (H, W, 3) of uint8, BGR.
+    def __call__(self, source: Union[Path, np.ndarray], channels: Optional[int] = None) -> Sample:
+        """Prepare one image.
+
+        Args:
+            source: A file, which the config's loader reads, or an image (H, W, C) of uint8, BGR.
+            channels: Number of channels that the image must have; None for any.
 
         Raises:
             UnreadableError: If the file is missing, empty or cut off, or the loader fails.
+            ValueError: If the image has another number of channels.
         """
         # the keys with which the toolboxes' data sets start
         results: Dict[str, Any] = dict(img_path=None, img_id=0, sample_idx=0, seg_fields=[])
@@ -107,9 +118,32 @@ class Predictor:
             except Exception as error:  # any: the loader may be the user's own
                 raise UnreadableError(f'the loader of the config fails: {error}') from error
         image = results['img']
+        # A loader may give one channel as (H, W).
+        if channels and image.shape[2:] != (channels,) and (channels > 1 or image.ndim > 2):
+            raise ValueError(
+                f'the picture must have the shape (H, W, {channels}), as the backbone has '
+                f'in_channels={channels}, got {image.shape}'
+            )
         for step in steps:
             results = step(results)
         return Sample(image, results)
+
+
+@dataclass
+class Predictor:
+    """A model with its test pipeline and its way to draw.
+
+    Args:
+        model: In evaluation mode.
+        load: Prepares a file, or an image (H, W, 3) of uint8, BGR; see :class:`InputPipeline`.
+        classes: Names of the classes, if they are known.
+        describe: Makes a :class:`Prediction` of an image (H, W, 3), RGB, and a data sample.
+    """
+
+    model: nn.Module
+    load: Callable[[Union[Path, np.ndarray]], Sample]
+    classes: Any
+    describe: Callable[[np.ndarray, Any], Prediction]
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> List[Prediction]:
@@ -148,8 +182,7 @@ def build_predictor(
         raise ValueError(
             f'default_scope must be one of {sorted(TOOLBOXES)}, got {cfg.default_scope!r}'
         )
-    if 'pipeline' not in (cfg.get('test_dataloader') or {}).get('dataset', {}):
-        raise ValueError('it has no test_dataloader.dataset.pipeline, which prepares the images')
+    pipeline = InputPipeline(cfg)
     model = build_model(cfg).eval()
     if deploy and not any(hasattr(module, 'switch_to_deploy') for module in model.modules()):
         raise ValueError('the model has no part that can be re-parameterised: leave out --deploy')
@@ -169,14 +202,9 @@ def build_predictor(
     # mmengine has one visualizer of each name, which other predictors of this process may use
     visualizer = VISUALIZERS.build(dict(settings, name=uuid4().hex))
     visualizer.dataset_meta = dict(classes=classes, palette=palette)
-    transforms = [
-        TRANSFORMS.build(step)
-        for step in copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
-        if 'Annotation' not in getattr(step['type'], '__name__', step['type'])
-    ]
     return Predictor(
         model.to(device or get_device()),
-        transforms,
+        pipeline,
         classes,
         lambda image, sample: describe(image, sample, visualizer, classes, score_thr),
     )

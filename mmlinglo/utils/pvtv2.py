@@ -31,6 +31,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import mmcv
@@ -63,16 +64,9 @@ PVTV2_DEPTHS = {(2, 3, 3, 2): (2, 2, 2, 2), (3, 5, 9, 3): (3, 4, 6, 3)}
 ORIGINS = ('taken', 'derived', 'repeated', 'new')
 
 # The name of the stem's kernel tells which names a file has. The rules turn them into timm's names.
-_TO_TIMM: Dict[str, List[Tuple[str, Any]]] = {
+_TO_TIMM: Dict[str, List[Tuple[str, str]]] = {
     'patch_embed.proj.weight': [(r'^stages_(\d+)\.', r'stages.\1.')],  # timm, also features_only
-    'patch_embed1.proj.weight': [  # github.com/whai362/PVT, which counts stages from 1
-        (r'^patch_embed1\.', 'patch_embed.'),
-        (r'^patch_embed(\d+)\.', r'stages.<\1>.downsample.'),
-        (r'^block(\d+)\.(\d+)\.', r'stages.<\1>.blocks.\2.'),
-        (r'^norm(\d+)\.', r'stages.<\1>.norm.'),
-        (r'<(\d+)>', lambda found: str(int(found[1]) - 1)),
-        (r'dwconv\.dwconv\.', 'dwconv.'),
-    ],
+    'patch_embed1.proj.weight': [],  # github.com/whai362/PVT, whose names timm itself knows
     'layers.0.0.projection.weight': [  # mmdet
         (r'^layers\.0\.0\.', 'patch_embed.'),
         (r'^layers\.(\d+)\.0\.', r'stages.\1.downsample.'),
@@ -201,6 +195,7 @@ def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weigh
 
     Raises:
         CheckpointError: If there is no PVTv2 in the file.
+        ModuleNotFoundError: If timm is missing.
     """
     weights = find_state_dict(checkpoint)
     found = [
@@ -231,10 +226,21 @@ def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weigh
             backbone[name.replace('.qkv.', '.kv.')] = value[channels:]
         else:
             backbone[name] = value
+    backbone = _import_timm().checkpoint_filter_fn(backbone, None)
     for layer in ('head.fc', f'{prefix}head'):
         if f'{layer}.weight' in weights and f'{layer}.bias' in weights:
             return backbone, {name: weights[f'{layer}.{name}'] for name in ('weight', 'bias')}
     return backbone, None
+
+
+def _import_timm() -> ModuleType:
+    try:
+        import timm.models.pvt_v2  # needed here only
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'PVTv2 itself comes from timm, which is missing: pip install timm', name='timm'
+        ) from error
+    return timm.models.pvt_v2
 
 
 def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
@@ -247,16 +253,10 @@ def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
 
     Raises:
         CheckpointError: If the weights are of another size or model.
+        ModuleNotFoundError: If timm is missing.
     """
-    try:
-        from timm.models.pvt_v2 import PyramidVisionTransformerV2  # needed here only
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'PVTv2 itself comes from timm, which is missing: pip install timm', name='timm'
-        ) from error
-
     depths = PVTV2_DEPTHS.get(arch['depths'], arch['depths'])
-    model = PyramidVisionTransformerV2(
+    model = _import_timm().PyramidVisionTransformerV2(
         num_classes=0,
         depths=depths,
         embed_dims=arch['embed_dims'],

@@ -7,10 +7,9 @@ Preprocessing is not part of the graph; the file's metadata holds its numbers.
 
 import argparse
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional
 
 import torch
-from torch import Tensor, nn
 
 import mmlinglo
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
@@ -39,31 +38,19 @@ SMALLEST = dict(fixed=32, dynamic=64)
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = config_parser(__doc__)
-    parser.add_argument('checkpoint', nargs='?', help='checkpoint file; default: random weights')
-    parser.add_argument('--out', required=True, help='file to write, *.onnx')
-    parser.add_argument(
-        '--part',
-        choices=['backbone', 'model'],
-        default='backbone',
-        help='backbone (default): feature maps; model: logits of a classifier',
-    )
-    parser.add_argument(
-        '--shape', nargs=2, type=int, default=[224, 224], metavar=('H', 'W'), help='image size'
-    )
-    parser.add_argument(
-        '--batch-size', type=int, default=1, help='images per batch, without --dynamic; default: 1'
-    )
-    parser.add_argument(
-        '--dynamic',
-        action='store_true',
-        help='allow any number and size of images; --shape is an example',
-    )
-    parser.add_argument(
-        '--opset',
-        type=int,
-        choices=OPSETS,
-        help="version of the ONNX operators; default: the exporter's own",
-    )
+    add = parser.add_argument
+    add('checkpoint', nargs='?', help='checkpoint file; default: random weights')
+    add('--out', required=True, help='file to write, *.onnx')
+    text = 'backbone (default): feature maps; model: logits of a classifier'
+    add('--part', choices=['backbone', 'model'], default='backbone', help=text)
+    size = dict(nargs=2, type=int, default=[224, 224], metavar=('H', 'W'))
+    add('--shape', **size, help='image size; default: 224 224')
+    text = 'images per batch, without --dynamic; default: 1'
+    add('--batch-size', type=int, default=1, help=text)
+    text = 'allow any number and size of images; --shape is an example'
+    add('--dynamic', action='store_true', help=text)
+    text = "version of the ONNX operators; default: the exporter's own"
+    add('--opset', type=int, choices=OPSETS, help=text)
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -74,9 +61,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            f'{error.name} is missing: pip install onnx onnxscript onnxruntime'
-        ) from error
+        message = f'{error.name} is missing: pip install onnx onnxscript onnxruntime'
+        raise UsageError(message) from error
     cfg = load_config(args.config, args.cfg_options)
     out = Path(args.out)
     if out.suffix != '.onnx' or out.is_dir():
@@ -98,14 +84,19 @@ def main(argv: Optional[List[str]] = None) -> int:
         checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
         load_model_weights(model, checkpoint, args.checkpoint)
     stop_masking_padding(model)
-    names = ['logits']
+    part, names = Logits(model).eval(), ['logits']
     if args.part == 'backbone':
-        names = [f'stage{i}' for i in model.backbone.out_indices]
-    part = model.backbone if args.part == 'backbone' else Logits(model).eval()
-    channels = count_input_channels(model)
-    batches = random_images(args.batch_size, channels, *args.shape, args.dynamic)
+        part, names = model.backbone, [f'stage{i}' for i in model.backbone.out_indices]
+    # The first batch has the size to export, the second one tests dynamic sizes.
+    channels, (height, width) = count_input_channels(model), args.shape
+    shapes = [(args.batch_size, channels, height, width)]
+    if args.dynamic:
+        shapes = [(2, channels, height, width), (1, channels, height + 45, width - 23)]
+    batches = [torch.randn(shape) for shape in shapes]
     with torch.no_grad():
-        expected = [outputs_of(part, images) for images in batches]
+        expected = [part(images) for images in batches]
+        if args.part == 'model':
+            expected = [(logits,) for logits in expected]
         switch_to_deploy(model)
         metadata = dict(
             describe_preprocessing(cfg),
@@ -114,9 +105,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             mmlinglo_version=mmlinglo.__version__,
         )
         with complete_file(out) as file:
-            shape = tuple(batches[0].shape)
             try:
-                export_onnx(part, file, shape, names, args.dynamic, args.opset, metadata)
+                export_onnx(part, file, shapes[0], names, args.dynamic, args.opset, metadata)
             except ExporterError as error:
                 raise UsageError(str(error)) from error
             errors = [relative_error(run_onnx(file, x), y) for x, y in zip(batches, expected)]
@@ -125,29 +115,12 @@ def main(argv: Optional[List[str]] = None) -> int:
                     f'the ONNX file differs from PyTorch by {max(errors):.1e} of its largest '
                     f'output, more than {TOLERANCE:.0e}: nothing was written'
                 )
-    sizes = ' and '.join('x'.join(map(str, images.shape)) for images in batches)
+    sizes = ' and '.join('x'.join(map(str, shape)) for shape in shapes)
     print(
         f'{out}: {args.part} with {metadata["weights"]} weights, outputs {", ".join(names)}; '
         f'on {sizes} they differ from PyTorch by {max(errors):.1e} (relative)'
     )
     return 0
-
-
-def random_images(
-    batch_size: int, channels: int, height: int, width: int, dynamic: bool
-) -> List[Tensor]:
-    """Make the batches to compare on. The first has the size to export; the second is for dynamic sizes."""
-    if not dynamic:
-        return [torch.randn(batch_size, channels, height, width)]
-    return [
-        torch.randn(2, channels, height, width),
-        torch.randn(1, channels, height + 45, width - 23),
-    ]
-
-
-def outputs_of(module: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
-    outputs = module(images)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 if __name__ == '__main__':

@@ -13,8 +13,6 @@ A scene's class is the class of its largest shape, which is clearly larger than 
 
 import argparse
 import json
-import os.path as osp
-import shutil
 import tempfile
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
@@ -22,6 +20,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import cv2
 import numpy as np
 
+from mmlinglo.analysis.report import at_least
 from mmlinglo.utils.cli import UsageError, run
 
 CLASSES = ('disc', 'square', 'triangle', 'star')
@@ -39,11 +38,8 @@ class Shape(NamedTuple):
 def noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np.ndarray:
     """Smooth random field in [0, 1], (size, size, channels)."""
     field = rng.random((cells, cells, channels)).astype(np.float32)
-    return (
-        cv2.resize(field, (size, size), interpolation=cv2.INTER_CUBIC)
-        .clip(0, 1)
-        .reshape(size, size, channels)
-    )
+    field = cv2.resize(field, (size, size), interpolation=cv2.INTER_CUBIC)
+    return field.clip(0, 1).reshape(size, size, channels)
 
 
 def texture(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -115,13 +111,11 @@ def encode(image: np.ndarray) -> bytes:
 
 
 def coco_annotation(index: int, image_id: int, shape: Shape) -> dict:
-    ys, xs = np.nonzero(shape.mask)
-    x, y = int(xs.min()), int(ys.min())
     return dict(
         id=index,
         image_id=image_id,
         category_id=shape.label + 1,
-        bbox=[x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y],
+        bbox=cv2.boundingRect(shape.mask.astype(np.uint8)),
         area=int(shape.mask.sum()),
         iscrowd=0,
         segmentation=[shape.corners.round(1).ravel().tolist()],
@@ -129,55 +123,54 @@ def coco_annotation(index: int, image_id: int, shape: Shape) -> dict:
 
 
 def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Generator) -> None:
+    coco, ade, imagenet = root / 'coco', root / 'ade', root / 'imagenet' / split
     ade_split = {'train': 'training', 'val': 'validation'}[split]
-    folders = [
-        root / 'coco' / split,
-        root / 'ade/images' / ade_split,
-        root / 'ade/annotations' / ade_split,
-        *(root / 'imagenet' / split / name for name in CLASSES),
-    ]
-    for folder in folders:
+    pictures, masks = ade / 'images' / ade_split, ade / 'annotations' / ade_split
+    for folder in (coco / split, pictures, masks, *(imagenet / name for name in CLASSES)):
         folder.mkdir(parents=True)
     images, annotations = [], []
     for image_id in range(count):
         image, shapes = make_scene(rng, size)
         name = f'{image_id:06d}.jpg'
         data = encode(image)
-        scene_class = CLASSES[shapes[0].label]
-        for folder in (folders[0], folders[1], root / 'imagenet' / split / scene_class):
+        for folder in (coco / split, pictures, imagenet / CLASSES[shapes[0].label]):
             (folder / name).write_bytes(data)
         labels = np.full((size, size), BACKGROUND_LABEL, np.uint8)
         for shape in shapes:
             labels[shape.mask] = BACKGROUND_LABEL + 1 + shape.label
-        cv2.imwrite(str(folders[2] / f'{image_id:06d}.png'), labels)
+        cv2.imwrite(str(masks / f'{image_id:06d}.png'), labels)
         images.append(dict(id=image_id, file_name=name, width=size, height=size))
         annotations += [
             coco_annotation(len(annotations) + i, image_id, shape)
             for i, shape in enumerate(shapes, 1)  # pycocotools takes a match with id 0 for none
         ]
-    write_coco(root / 'coco/annotations' / f'{split}.json', images, annotations)
-
-
-def write_coco(path: Path, images: List[dict], annotations: List[dict]) -> None:
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    (coco / 'annotations').mkdir(exist_ok=True)
+    (coco / 'annotations' / f'{split}.json').write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
+
+
+def write_demo(folder: Path, count: int, size: int, rng: np.random.Generator) -> None:
+    folder.mkdir()
+    for i in range(count):
+        # Compressed before enlarging, as the training scenes are: the same noise, the same blur.
+        image = cv2.imdecode(np.frombuffer(encode(make_scene(rng, size)[0]), np.uint8), 1)
+        image = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+        (folder / f'{i:06d}.jpg').write_bytes(encode(image))
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        'out', help='folder to make; it must not exist, unless it holds the same data set'
-    )
-    parser.add_argument('--num-train', type=int, default=1200, help='training scenes')
-    parser.add_argument('--num-val', type=int, default=120, help='validation scenes')
-    parser.add_argument(
-        '--num-demo', type=int, default=6, help='unlabelled scenes, enlarged 3 times'
-    )
-    parser.add_argument('--size', type=int, default=160, help='height and width in pixels')
-    parser.add_argument('--seed', type=int, default=0)
+    add = parser.add_argument
+    add('out', help='folder to make; it must not exist, unless it holds the same data set')
+    add('--num-train', type=at_least(0), default=1200, help='training scenes')
+    add('--num-val', type=at_least(0), default=120, help='validation scenes')
+    add('--num-demo', type=at_least(0), default=6, help='unlabelled scenes, enlarged 3 times')
+    add('--size', type=at_least(32), default=160, help='height and width in pixels')
+    add('--seed', type=int, default=0)
     return parser.parse_args(argv)
 
 
@@ -185,10 +178,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     out = Path(args.out)
     settings = {key: value for key, value in vars(args).items() if key != 'out'}
-    if min(args.num_train, args.num_val, args.num_demo) < 0 or args.size < 32:
-        raise UsageError(
-            f'the counts must not be negative, and --size must be at least 32; got {settings}'
-        )
     if out.exists():
         record = out / 'settings.json'
         if record.is_file() and json.loads(record.read_text()) == settings:
@@ -199,26 +188,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         )
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as folder:
+        work = Path(folder, out.name)
         # One generator per split, so that the size of one split does not change the others.
         train, val, demo = np.random.default_rng(args.seed).spawn(3)
         write_split(work, 'train', args.num_train, args.size, train)
         write_split(work, 'val', args.num_val, args.size, val)
-        (work / 'demo').mkdir()
-        for i in range(args.num_demo):
-            # Compressed before enlarging, as the training scenes are: the same noise, the same blur.
-            image = cv2.imdecode(np.frombuffer(encode(make_scene(demo, args.size)[0]), np.uint8), 1)
-            image = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
-            (work / 'demo' / f'{i:06d}.jpg').write_bytes(encode(image))
+        write_demo(work / 'demo', args.num_demo, args.size, demo)
         (work / 'settings.json').write_text(json.dumps(settings))
-        work.chmod(0o755)
         work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    print(
-        f'{osp.join(args.out, "")}: {args.num_train} training and {args.num_val} validation scenes'
-    )
+    print(f'{out}/: {args.num_train} training and {args.num_val} validation scenes')
     return 0
 
 

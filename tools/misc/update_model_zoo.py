@@ -52,9 +52,8 @@ _COUNTED: Dict[tuple, Dict[str, Complexity]] = {}
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        '--check', action='store_true', help='write nothing; fail if a file would change'
-    )
+    text = 'write nothing; fail if a file would change'
+    parser.add_argument('--check', action='store_true', help=text)
     return parser.parse_args(argv)
 
 
@@ -63,10 +62,7 @@ def counts(cfg: Config) -> Dict[str, object]:
     model = build_model(cfg).eval()
     shape = padded_shape(model, image_shape(cfg))
     backbone = {k: v for k, v in cfg.model.backbone.items() if k not in ('init_cfg', 'with_cp')}
-    network = (
-        str({**cfg.model, 'backbone': backbone}),
-        shape,
-    )  # several recipes train the same one
+    network = (str({**cfg.model, 'backbone': backbone}), shape)  # several recipes train the same
     if network not in _COUNTED:
         _COUNTED[network] = count_forms(model, shape)
     training, deployed = _COUNTED[network].values()
@@ -99,30 +95,20 @@ def updated_row(path: Path, old: dict) -> dict:
     }
 
 
-def updated_metafile(task: str) -> dict:
-    """Make a task's metafile: the same collections, and one row per config, sorted by name."""
-    metafile = ROOT / 'configs' / task / 'metafile.yml'
-    content = yaml.safe_load(metafile.read_text())
-    old = {row['Name']: row for row in content.get('Models') or []}
-    configs = sorted(metafile.parent.glob('*.py'))
-    return {**content, 'Models': [updated_row(path, old.get(path.stem, {})) for path in configs]}
-
-
 def table(task: str, rows: List[dict], document: Path) -> str:
     """Make the table of a task's rows. Its links are relative to the folder of ``document``."""
     lines = []
     for row in rows:
         entries = row['Metadata']
-        ours = {TASKS[task][result['Task']]: result['Metrics'] for result in row['Results']}
-        measured = [(metrics or {}).get(metric) for metric, metrics in ours.items()]
+        metrics = {TASKS[task][each['Task']]: each['Metrics'] or {} for each in row['Results']}
         lines.append(
             dict(
                 recipe=f'[{row["Name"]}]({os.path.relpath(ROOT / row["Config"], document.parent)})',
-                metric=' / '.join(ours),
-                paper=_numbers([entries.get(f'{metric} in the Paper') for metric in ours], '-'),
-                ours=_numbers(measured, 'not yet trained here'),
-                params=f'{_forms(entries, "Parameters", 1e6)} M',
-                macs=f'{_forms(entries, "FLOPs", 1e9)} G',
+                metric=' / '.join(metrics),
+                paper=_join([entries.get(f'{metric} in the Paper') for metric in metrics], '-'),
+                ours=_join([v.get(k) for k, v in metrics.items()], 'not yet trained here'),
+                params=f'{_join_forms(entries, "Parameters", 1e6)} M',
+                macs=f'{_join_forms(entries, "FLOPs", 1e9)} G',
                 shape=entries['Counted at'],
             )
         )
@@ -139,11 +125,11 @@ def list_configs(folder: Path) -> str:
     return format_table(lines, dict(config='Config', summary='What it is'))
 
 
-def _numbers(values: List[Optional[float]], none: str) -> str:
+def _join(values: List[Optional[float]], none: str) -> str:
     return none if None in values else ' / '.join(f'{value:.1f}' for value in values)
 
 
-def _forms(entries: dict, key: str, unit: float) -> str:
+def _join_forms(entries: dict, key: str, unit: float) -> str:
     return ' / '.join(f'{entries[form + key] / unit:.2f}' for form in ('', 'Deployed '))
 
 
@@ -165,9 +151,12 @@ def changed_files() -> Dict[Path, str]:
     """Find the files that are not up to date, and their new texts."""
     texts, rows = {}, {}
     for task in DATASETS:
-        content = updated_metafile(task)
-        rows[task] = content['Models']
         path = ROOT / 'configs' / task / 'metafile.yml'
+        content = yaml.safe_load(path.read_text())
+        old = {row['Name']: row for row in content.get('Models') or []}
+        configs = sorted(path.parent.glob('*.py'))
+        rows[task] = [updated_row(config, old.get(config.stem, {})) for config in configs]
+        content['Models'] = rows[task]
         texts[path] = HEADER + yaml.safe_dump(content, sort_keys=False, width=100)
     texts.update(updated_documents(rows))
     return {path: text for path, text in texts.items() if path.read_text() != text}

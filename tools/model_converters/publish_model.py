@@ -28,28 +28,15 @@ from mmlinglo.utils.files import complete_file
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'checkpoint', help='checkpoint of a training, or of reparameterize_model.py'
-    )
-    parser.add_argument(
-        'out',
-        help='file to write, such as linglo-b1_8xb128_in1k.pth; the tool adds the hash before the suffix',
-    )
-    parser.add_argument(
-        '--config',
-        help="check that the weights fit this config's model, and store its text",
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of --config, such as model.backbone.deploy=True',
-    )
-    parser.add_argument(
-        '--safetensors',
-        action='store_true',
-        help='write the safetensors format, which other programs read too',
-    )
+    add = parser.add_argument
+    add('checkpoint', help='checkpoint of a training, or of reparameterize_model.py')
+    text = 'file to write, such as linglo-b1_in1k.pth; the tool adds the hash before the suffix'
+    add('out', help=text)
+    add('--config', help="check that the weights fit this config's model, and store its text")
+    text = 'override settings of --config, such as model.backbone.deploy=True'
+    add('--cfg-options', nargs='+', action=DictAction, help=text)
+    text = 'write the safetensors format, which other programs read too'
+    add('--safetensors', action='store_true', help=text)
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -97,9 +84,8 @@ def serialize(weights: Dict[str, Tensor], meta: dict, safetensors: bool) -> byte
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     out = Path(args.out)
-    suffix = '.safetensors' if args.safetensors else '.pth'
+    which, suffix = ('with', '.safetensors') if args.safetensors else ('without', '.pth')
     if out.suffix != suffix:
-        which = 'with' if args.safetensors else 'without'
         raise UsageError(
             f'{which} --safetensors, the name of the file must end with {suffix}: {out}'
         )

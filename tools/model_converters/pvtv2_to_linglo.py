@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import mmlinglo
 from mmlinglo import LinGlo
-from mmlinglo.analysis.report import format_table
+from mmlinglo.analysis.report import at_least, format_table
 from mmlinglo.utils import load_checkpoint_file
 from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
 from mmlinglo.utils.deploy import build_model
@@ -38,9 +38,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add('checkpoint', help="PVTv2's checkpoint, a file or a URL")
     add('out', help='file to write')
     text = 'training images to use, rounded up to batches; default: %(default)s'
-    add('--images', type=int, default=512, help=text)
+    add('--images', type=at_least(1), default=512, help=text)
     text = 'gradient steps for each attention and down-sampling layer; default: %(default)s'
-    add('--steps', type=int, default=200, help=text)
+    add('--steps', type=at_least(0), default=200, help=text)
     add('--seed', type=int, default=0, help='default: %(default)s')
     add_trust_argument(parser)
     return parser.parse_args(argv)
@@ -50,8 +50,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     if importlib.util.find_spec('timm') is None:
         raise UsageError('PVTv2 itself comes from timm, which is missing: pip install timm')
-    if args.images < 1 or args.steps < 0:
-        raise UsageError('--images must be at least 1, and --steps at least 0')
     cfg = load_config(args.config, args.cfg_options)
     out = Path(args.out)
     if out.is_dir():
@@ -81,9 +79,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     state = {f'backbone.{name}': value for name, value in model.backbone.state_dict().items()}
     origins = {f'backbone.{name}': origin for name, origin in origins.items()}
     if takes_head(model, head):
-        for name, value in head.items():
-            state[f'head.fc.{name}'] = value
-            origins[f'head.fc.{name}'] = 'taken'
+        taken = {f'head.fc.{name}': value for name, value in head.items()}
+        state.update(taken)
+        origins.update(dict.fromkeys(taken, 'taken'))
     source = dict(source=str(args.checkpoint), images=sum(map(len, images)), steps=args.steps)
     source.update(seed=args.seed, origins=origins, differences=differences)
     meta = dict(cfg=cfg.pretty_text, mmlinglo_version=mmlinglo.__version__, pvtv2=source)
