@@ -2,6 +2,7 @@
 """What the command lines under ``tools/`` have in common."""
 
 import argparse
+import atexit
 import importlib.util
 import logging
 import os
@@ -69,6 +70,8 @@ def run(main: Callable[[], Optional[int]]) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # A process that leaves while another still uses the group may take that one with it.
             torch.distributed.barrier()
+            if torch.distributed.get_backend() == 'gloo':
+                _leave(status or 0)
             torch.distributed.destroy_process_group()
     except (UsageError, CheckpointError, FileNotFoundError) as error:
         if isinstance(error, ConfigError) and error.__cause__ is not None:
@@ -243,6 +246,18 @@ def load_runner_config(args: argparse.Namespace) -> Config:
             )
         prepare_cpu_distributed(cfg)
     return cfg
+
+
+def _leave(status: int) -> None:
+    """End this process without destroying C++ objects.
+
+    Now and then, one of gloo's threads still runs then, and the process aborts after its work is done
+    ("terminate called without an active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check_data_files(cfg: Config, config: str, *splits: str) -> None:
