@@ -31,7 +31,10 @@ CORE = (
     'test_engine/test_layer_decay.py',
     'test_utils/test_deploy.py',
 )
-NOT_CORE = ('test_models/test_mask_padding.py',)  # builds whole detectors
+NOT_CORE = (
+    'test_models/test_gpu_kernels.py',  # runs Triton's interpreter in processes of its own
+    'test_models/test_mask_padding.py',  # builds whole detectors
+)
 
 
 @pytest.hookimpl(tryfirst=True)
