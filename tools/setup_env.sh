@@ -13,7 +13,7 @@
 #   -h, --help  print this
 # Variables:
 #   MMLINGLO_STACK        onedl (default) or openmmlab: the maintained forks or the original OpenMMLab releases
-#   MMLINGLO_TORCH        another version of torch than the tested one, such as 2.10.0
+#   MMLINGLO_TORCH        another version of torch than the tested one, such as 2.11.0
 #   MMLINGLO_VENV         the environment's folder (default: .venv, or .venv-openmmlab, in the checkout)
 #   MMLINGLO_WHEEL_CACHE  the wheel cache (default: ~/.cache/mmlinglo/wheels)
 #   MMCV_INDEX            page or folder with wheels of mmcv, for pip's --find-links

@@ -66,7 +66,7 @@ def test_comparison(run_here, tmp_path, capsys):
     assert found['linglo_b0', 'fused']['params_m'] < found['linglo_b0', 'trained']['params_m']
     assert is_png(tmp_path / 'new/out.png')
     printed = capsys.readouterr().out
-    assert 'Inference, batch of 1 of 64 x 64 pixels, four feature maps, float32; ' in printed
+    assert 'Inference, Batch of 1 of 64 x 64 Pixels, Four Feature Maps, float32; ' in printed
     assert printed.count('| linglo_b0 ') == printed.count('| resnet18  ') == 2
 
 

@@ -86,9 +86,9 @@ def measure(args: argparse.Namespace) -> None:
         how.update(dtype=args.dtype)
     source = report.provenance(args.device, autocast=args.dtype == 'autocast', **how)
     report.write_report(args.out, rows, source)
-    size = '' if args.sweep else ' of {} x {} pixels'.format(*shapes[0])
-    outputs = 'four feature maps' if maps else 'pooled features'
-    heading = f'{args.mode.capitalize()}, batch of {args.batch_size}{size}, {outputs}'
+    size = '' if args.sweep else ' of {} x {} Pixels'.format(*shapes[0])
+    outputs = 'Four Feature Maps' if maps else 'Pooled Features'
+    heading = f'{args.mode.capitalize()}, Batch of {args.batch_size}{size}, {outputs}'
     place = f'{args.dtype}; {source["device"]}, CPU threads: {args.threads}'
     (plot_sweep if args.sweep else plot_accuracy)(rows, f'{heading}\n{place}', args.out)
     print(f'{heading}, {place}\n\n{report.format_table(rows, benchmark.COLUMNS)}')
