@@ -4,7 +4,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Print the comment at the top of the script that sources this one.
-describe() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
+describe() { sed -n '/^[^#]/q; /^#!/d; s/^# \{0,1\}//p' "$0"; }
 
 # Print it after a mistake, and exit.
 usage() {
