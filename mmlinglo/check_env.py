@@ -238,12 +238,8 @@ def report(env: Environment, problems: List[Problem]) -> str:
     shown = ('Python', 'GPU', 'CUDA', 'NVCC', 'GCC', 'OpenCV')
     lines.update({name: str(v) for name, v in env.details.items() if name.startswith(shown)})
     text = [f'{name:16}{value}' for name, value in lines.items()]
-    text += [
-        '',
-        f'{len(problems)} problem(s), to be solved in this order:'
-        if problems
-        else 'No problem found.',
-    ]
+    found = f'{len(problems)} problem(s), to be solved in this order:'
+    text += ['', found if problems else 'No problem found.']
     for number, (what, command) in enumerate(problems, 1):
         text += [f'{number}. {what}', f'   run: {command}']
     return '\n'.join(text)

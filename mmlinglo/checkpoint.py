@@ -6,10 +6,9 @@ import json
 import os
 import os.path as osp
 import re
-from contextlib import nullcontext
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, ContextManager, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 from urllib.parse import urlparse
 
 import torch
@@ -49,8 +48,7 @@ def load_checkpoint_file(source: str, trust: bool = False) -> dict:
     """Read a checkpoint onto the CPU without running code from it.
 
     The function accepts tensors, plain containers, and the classes that mmengine's runner puts
-    into its checkpoints. torch below 2.5 cannot accept these classes: there, the function reads
-    the files that :file:`publish_model.py` writes.
+    into its checkpoints.
 
     Args:
         source: Path, URL, or URI of any mmengine file backend. A name that ends with
@@ -130,10 +128,7 @@ def _read(path: str, source: str, trust: bool) -> Any:
         return _load_safetensors(path)
     if trust:
         return torch.load(path, map_location='cpu', weights_only=False)
-    allowed: ContextManager = nullcontext()
-    if hasattr(torch.serialization, 'safe_globals'):
-        allowed = torch.serialization.safe_globals(runner_globals())
-    with allowed:
+    with torch.serialization.safe_globals(runner_globals()):
         return torch.load(path, map_location='cpu', weights_only=True)
 
 
@@ -222,7 +217,7 @@ def _unwrap(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
         plain['.'.join(part for part in parts if part != '_orig_mod')] = value
     if len(plain) < len(weights):
         return weights
-    if any(key.startswith('module.') for key in weights):
+    if any(re.match(r'(_orig_mod\.)*module\.', key) for key in weights):
         for counter in ('n_averaged', 'steps'):  # from torch's and mmengine's averages
             plain.pop(counter, None)
     return plain

@@ -203,14 +203,8 @@ def roi_align_forward(
     output.copy_(_torchvision().roi_align(input, rois.to(input), *values))
 
 
-def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    **options: float,
-) -> None:
+def roi_align_backward(*tensors: Tensor, **options: float) -> None:
+    grad_output, rois, _, _, grad_input = tensors
     grad, rois = _widen(grad_output, rois)
     size = _pick(options, 'spatial_scale aligned_height aligned_width')
     sampling = _pick(options, 'sampling_ratio aligned')
@@ -229,7 +223,7 @@ def _parts(start: Tensor, end: Tensor, number: int, size: int) -> List[Tensor]:
     return [edge.masked_fill(empty, size) for edge in (first, last)]  # outside: its maximum is 0
 
 
-def _divide(rois: Tensor, height: int, width: int, scale: float, map_size: torch.Size) -> Tensor:
+def _divide(rois: Tensor, map_size: torch.Size, height: int, width: int, scale: float) -> Tensor:
     """Turn each region into height x width regions, of one pixel or more each.
 
     torchvision rounds the corners of a region before it divides it, mmcv the edges of the parts. To get
@@ -244,43 +238,30 @@ def _divide(rois: Tensor, height: int, width: int, scale: float, map_size: torch
     return torch.stack([image, left, top, right, bottom], -1).flatten(0, 2)
 
 
+POOLED = 'pooled_height pooled_width spatial_scale'
+
+
 def roi_pool_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
+    input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor, **options: Any
 ) -> None:
-    parts = _divide(rois, pooled_height, pooled_width, spatial_scale, input.shape[2:])
+    parts = _divide(rois, input.shape[2:], *_pick(options, POOLED))
     input = _widen(input)[0]
-    for target, source in zip(
-        (output, argmax), _torchvision().roi_pool(input, parts.to(input), 1, 1, 1)
-    ):
-        by_part = source.reshape(len(rois), pooled_height, pooled_width, -1)
-        target.copy_(by_part.permute(0, 3, 1, 2))
+    results = _torchvision().roi_pool(input, parts.to(input), 1, 1, 1)
+    for target, result in zip((output, argmax), results):
+        regions, channels, height, width = target.shape
+        target.copy_(result.reshape(regions, height, width, channels).permute(0, 3, 1, 2))
 
 
 def roi_pool_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    grad_input: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
+    grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor, **options: Any
 ) -> None:
-    parts = _divide(rois, pooled_height, pooled_width, spatial_scale, grad_input.shape[2:])
+    parts = _divide(rois, grad_input.shape[2:], *_pick(options, POOLED))
     grad, where = (
-        t.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None] for t in (grad_output, argmax)
+        t.permute(0, 2, 3, 1).flatten(0, 2)[..., None, None].contiguous()
+        for t in (_widen(grad_output)[0], argmax)
     )
-    grad = _widen(grad.contiguous())[0]
-    grad_input.copy_(
-        _torchvision()._roi_pool_backward(
-            grad, parts.to(grad), where.contiguous(), 1, 1, 1, *grad_input.shape
-        )
-    )
+    sizes = (1, 1, 1, *grad_input.shape)
+    grad_input.copy_(_torchvision()._roi_pool_backward(grad, parts.to(grad), where, *sizes))
 
 
 def _deform_conv(
@@ -320,72 +301,31 @@ def deform_conv_forward(
     output.copy_(_deform_conv(input, weight, offset, None, None, _pick(geometry, DEFORM)))
 
 
-def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_input: Tensor,
-    grad_offset: Tensor,
-    weight: Tensor,
-    *buffers: Tensor,
-    **geometry: int,
-) -> None:
+def deform_conv_backward_input(*tensors: Tensor, **geometry: int) -> None:
+    input, offset, grad_output, grad_input, grad_offset, weight, *_ = tensors
     numbers = _pick(geometry, DEFORM)
     grads = _deform_conv(input, weight, offset, None, None, numbers, grad_output)
     grad_input.copy_(grads[0])
     grad_offset.copy_(grads[2])
 
 
-def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    grad_output: Tensor,
-    grad_weight: Tensor,
-    *buffers: Tensor,
-    scale: float,
-    **geometry: int,
-) -> None:
+def deform_conv_backward_parameters(*tensors: Tensor, scale: float, **geometry: int) -> None:
+    input, offset, grad_output, grad_weight, *_ = tensors
     numbers = _pick(geometry, DEFORM)
     weight = grad_weight  # only its shape matters
     grads = _deform_conv(input, weight, offset, None, None, numbers, grad_output)
     grad_weight.copy_(grads[1] * scale)
 
 
-def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    *,
-    with_bias: bool,
-    **geometry: int,
-) -> None:
+def modulated_deform_conv_forward(*tensors: Tensor, with_bias: bool, **geometry: int) -> None:
+    input, weight, bias, _, offset, mask, output, _ = tensors
     numbers = _pick(geometry, MODULATED)
     output.copy_(_deform_conv(input, weight, offset, mask, bias if with_bias else None, numbers))
 
 
-def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    *,
-    with_bias: bool,
-    **geometry: int,
-) -> None:
+def modulated_deform_conv_backward(*tensors: Tensor, with_bias: bool, **geometry: int) -> None:
+    input, weight, _, _, offset, mask, _ = tensors[:7]
+    grad_input, grad_weight, grad_bias, grad_offset, grad_mask, grad_output = tensors[7:]
     numbers = _pick(geometry, MODULATED)
     grads = _deform_conv(input, weight, offset, mask, None, numbers, grad_output)
     targets = [grad_input, grad_weight, grad_offset, grad_mask]

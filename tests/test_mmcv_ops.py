@@ -352,6 +352,18 @@ def test_strides_are_respected(name):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.usefixtures('stand_in')
+def test_an_image_without_boxes():
+    boxes, scores = make_boxes(0)
+    assert len(mmcv.ops.nms(boxes, scores, 0.5)[1]) == 0
+    assert len(mmcv.ops.soft_nms(boxes, scores, 0.5)[1]) == 0
+    maps, rois = torch.randn(2, 3, 8, 8), torch.zeros(0, 5)
+    for pool in (mmcv.ops.roi_align, mmcv.ops.roi_pool):
+        found, gradient = output_and_gradients(lambda x, p=pool: p(x, rois, (3, 4), 0.5), maps)
+        assert found.shape == (0, 3, 3, 4)
+        assert not gradient.any()
+
+
 # What it lacks
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from mmlinglo.analysis.curves import draw_curves
-from mmlinglo.analysis.report import format_table, save_figure, with_suffix, write_report
+from mmlinglo.analysis.report import format_table, list_rows, save_figure, write_report
 from mmlinglo.utils.deploy import build_model, switch_to_deploy
 
 
@@ -150,19 +150,13 @@ def write_results(
     last = runs.sort_values('step').groupby(['row', 'run'], as_index=False).last()
     summary = summarize(last, list(params_m))
     orders = order_rows(summary)
-    table = [
-        dict(
-            row=name,
-            paper=ROWS[name].source,
-            variant=ROWS[name].variant,
-            **params_m[name],
-            **{key: None if pd.isna(value) else value for key, value in found.items()},
-            paper_imagenet_top1=ROWS[name].paper_top1,
-        )
-        for name, found in zip(params_m, summary.astype(object).to_dict('records'))
-    ]
+    table = []
+    for name, found in zip(params_m, list_rows(summary)):
+        paper, variant, paper_top1 = ROWS[name]
+        row = dict(row=name, paper=paper, variant=variant, **params_m[name], **found)
+        table.append(dict(row, paper_imagenet_top1=paper_top1))
     write_report(out, table, source)
-    write_report(with_suffix(out, '_orders'), orders, source)
+    write_report(f'{out}_orders', orders, source)
     plot_campaign(runs, heading, out)
     columns = dict(paper='Paper', variant='Variant', params_m='Parameters, training (M)')
     columns.update(deployed_params_m='deployed (M)', seeds='Seeds', top1='Top-1 (%), mean (range)')
@@ -170,14 +164,14 @@ def write_results(
     order_columns = dict(paper='Paper', order='Order', verdict='Verdict')
     order_columns.update(difference='Difference of means', spread='Spread')
     order_columns.update(paper_difference="Paper's difference")
-    differences = ('difference', 'paper_difference')
     for row in table:
         numbers = (row['top1_mean'], row['top1_min'], row['top1_max'])
         form = ('missing', '{:.2f}', '{:.2f} ({:.2f}-{:.2f})')[min(row['seeds'], 2)]
         row['top1'] = form.format(*numbers)
     for row in orders:
-        signed = {key: f'{row[key]:+.2f}' for key in differences if row.get(key) is not None}
-        row.update(signed, spread=f'{row["spread"]:.2f}' if row.get('spread') is not None else None)
+        forms = dict(difference='+.2f', paper_difference='+.2f', spread='.2f')
+        given = {key: form for key, form in forms.items() if row.get(key) is not None}
+        row.update({key: format(row[key], form) for key, form in given.items()})
     parts = [
         f'# {heading}',
         'Top-1 accuracy on the test images after the last epoch.',
@@ -187,8 +181,9 @@ def write_results(
         format_table(orders, order_columns),
         '{date}, {device}, commit {commit}: `{command}`'.format(**source),
     ]
-    with_suffix(out, '.md').write_text('\n\n'.join(parts) + '\n')
-    return '\n\n'.join(parts)
+    text = '\n\n'.join(parts)
+    Path(f'{out}.md').write_text(f'{text}\n')
+    return text
 
 
 def plot_campaign(runs: pd.DataFrame, title: str, out: Path) -> None:
@@ -205,11 +200,10 @@ def plot_campaign(runs: pd.DataFrame, title: str, out: Path) -> None:
     figure.suptitle(title)
     for axes, (panel, labels) in zip(figure.subplots(2, 2).flat, PANELS.items()):
         axes.set_title(panel)
-        found = runs[runs.row.isin(labels)]
-        if len(found):
-            curves = found.assign(label=found.row.map(labels), run=found.run.astype(str))
-            order = [label for name, label in labels.items() if name in set(found.row)]
-            curves = curves.sort_values('label', key=lambda column: column.map(order.index))
+        curves = pd.concat(
+            [runs[runs.row == row].assign(label=label) for row, label in labels.items()]
+        )
+        if len(curves):
             draw_curves(axes, curves, 'Epoch', 'Top-1 Accuracy (%)')
         else:
             axes.text(0.5, 0.5, 'No Finished Training', transform=axes.transAxes, ha='center')
@@ -235,10 +229,7 @@ def write_starts(
     by_seed = last.pivot(index='row', columns='run', values='value').reindex(columns=seeds)
     table = summarize(last, list(epochs)).join(by_seed)
     table.insert(0, 'epochs', list(epochs.values()))
-    rows = [
-        {key: None if pd.isna(value) else value for key, value in row.items()}
-        for row in table.reset_index().astype(object).to_dict('records')
-    ]
+    rows = list_rows(table.reset_index())
     write_report(out, rows, source)
     columns = dict(row='Model', epochs='Epochs', seeds='Seeds', top1_mean='Top-1 (%), mean')
     columns.update(top1_min='lowest', top1_max='highest', **{seed: seed for seed in seeds})
@@ -254,7 +245,7 @@ def write_starts(
             '{date}, {device}, commit {commit}: `{command}`'.format(**source),
         ]
     )
-    with_suffix(out, '.md').write_text(text + '\n')
+    Path(f'{out}.md').write_text(f'{text}\n')
     return text
 
 

@@ -22,6 +22,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmlinglo.analysis.curves import read_scalars
 from mmlinglo.utils.cli import UsageError, load_config
+from mmlinglo.utils.files import complete_file
 
 METRIC = 'accuracy/top1'
 CONFIG = 'configs/cifar10/{}_1xb128-30e_cifar10.py'
@@ -78,8 +79,8 @@ def make_config(
             f'epochs must be at least 2, of which the first is for warming up, got '
             f'{cfg.train_cfg.max_epochs}'
         )
-    for name in ('train', 'val', 'test'):
-        if args.data_root is not None:
+    if args.data_root is not None:
+        for name in ('train', 'val', 'test'):
             cfg[f'{name}_dataloader'].dataset.data_root = args.data_root
     return cfg
 
@@ -117,30 +118,17 @@ def read_runs(configs: Dict[Path, Config]) -> pd.DataFrame:
     return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
-def first_of_each_class(dataset: dict, fraction: float) -> List[int]:
-    """Indices of the first samples of each class in one of mmpretrain's data sets.
-
-    Args:
-        dataset: Its config.
-        fraction: Share of each class, in (0, 1]; rounded to samples, at least 1.
-
-    Raises:
-        ValueError: If ``fraction`` is out of range.
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f'the fraction of a data set must be in (0, 1], got {fraction}')
-    labels = pd.Series(DATASETS.build(dataset).get_gt_labels())
-    number = labels.groupby(labels).cumcount()
-    kept = (fraction * labels.groupby(labels).transform('size')).round().clip(lower=1)
-    return labels.index[number < kept].tolist()
-
-
 def count_images(
     configs: Iterable[Config], fraction: float = 1.0, test_fraction: float = 1.0
 ) -> Dict[str, int]:
     """Cut the data sets of configs, all the same, to a share of each class, in place, and count the images.
 
-    CIFAR-10's pickles are downloaded if they are missing.
+    The first images of each class are kept, at least one. CIFAR-10's pickles are downloaded if they are missing.
+
+    Args:
+        configs: Configs for mmpretrain.
+        fraction: Share of the training set, in (0, 1].
+        test_fraction: Share of the test set, which is also the validation set.
 
     Returns:
         Images of the training set, ``train``, and of the test set, ``test``.
@@ -152,16 +140,20 @@ def count_images(
     init_default_scope(first.default_scope)
     images = {}
     for name, share in dict(train=fraction, test=test_fraction).items():
+        if not 0 < share <= 1:
+            raise ValueError(f'the fraction of a data set must be in (0, 1], got {share}')
         try:
-            indices = first_of_each_class(first[f'{name}_dataloader'].dataset, share)
-        except ValueError:
-            raise
+            dataset = DATASETS.build(first[f'{name}_dataloader'].dataset)
+            labels = pd.Series(dataset.get_gt_labels())
         except Exception as error:  # each data set, and the download, has its own kinds
             raise ValueError(
                 f'the data cannot be read ({type(error).__name__}: {error}): give their folder, '
                 "with CIFAR-10's pickles or, in the folder format, pictures in "
                 '{train,test}/<class>/'
             ) from error
+        by_class = labels.groupby(labels)
+        kept = (share * by_class.transform('size')).round().clip(lower=1)
+        indices = labels.index[by_class.cumcount() < kept].tolist()
         images[name] = len(indices)
         for cfg in (first, *others) if share != 1 else ():
             for loader in (name, 'val') if name == 'test' else (name,):
@@ -211,10 +203,8 @@ def keep_settings(cfg: Config, path: Path) -> None:
             'another folder'
         )
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f'.{os.getpid()}')
-        part.write_text(cfg.pretty_text)
-        part.replace(path)
+        with complete_file(path) as file:
+            file.write_text(cfg.pretty_text)
 
 
 def train(program: Path, settings: Path, locked: int) -> bool:

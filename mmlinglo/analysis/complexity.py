@@ -22,7 +22,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
 import mmlinglo
 from mmlinglo.utils.deploy import (
@@ -60,16 +61,29 @@ class Complexity(NamedTuple):
         return sum(sum(part.values()) for part in self.operators.values())
 
 
-class _RefuseOtherProducts(TorchDispatchMode):
-    """Raises a ValueError for an operator that may be a product without a formula in torch."""
+class _Counter(TorchDispatchMode):
+    """Counts multiply-adds by part of the model and by operator.
+
+    It raises a ValueError for an operator that may be a product without a formula in torch.
+    """
+
+    def __init__(self, tracker: ModuleTracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.operators: Dict[str, Counter] = {}
 
     def __torch_dispatch__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.strip('_').removeprefix('native_')
-        harmless = func.is_view or torch.Tag.pointwise in func.tags or name in NO_PRODUCTS
-        if func.overloadpacket not in flop_registry and not (
-            harmless and func.namespace in ('aten', 'prim')
-        ):
+        name = func.overloadpacket.__name__
+        stem = name.strip('_').removeprefix('native_')
+        harmless = func.is_view or torch.Tag.pointwise in func.tags or stem in NO_PRODUCTS
+        if func.overloadpacket in flop_registry:
+            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            # Such as 'Detector.neck.conv': a toolbox may call the forward of a part, which is not seen.
+            parts = sorted(path.split('.')[1] for path in self.tracker.parents if '.' in path)
+            part = self.operators.setdefault(parts[0] if parts else 'other', Counter())
+            part[name] += flops // 2
+        elif not harmless or func.namespace not in ('aten', 'prim'):
             raise ValueError(
                 f'the operator {func} cannot be counted: torch has no formula for it. If it '
                 f'multiplies nothing, add it to {__name__}.NO_PRODUCTS'
@@ -100,34 +114,19 @@ def count_complexity(
     tensors = ({**dict(model.named_parameters()), **dict(model.named_buffers())}, args, kwargs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     mode, replace = (nullcontext(), torch.zeros_like) if on_zeros else (fake, fake.from_tensor)
-    counter = FlopCounterMode(display=False)
     with mmlinglo.literal(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), mode:
-        # In this order: the counter splits some operators into others.
-        with counter, _RefuseOtherProducts():
+        with ModuleTracker() as tracker, _Counter(tracker) as counter:
             try:
                 functional_call(model, *tree_map_only(Tensor, replace, tensors))
             except RuntimeError as error:
                 raise ValueError(f'the forward pass fails without data: {error}') from error
-    counts = counter.get_flop_counts()
-    operators: Dict[str, Counter] = {}
-    other = Counter(counts.pop('Global', {}))
-    for name, found in counts.items():
-        root, *path = name.split('.')
-        above = ['.'.join([root, *path[:i]]) for i in range(1, len(path))]
-        # A toolbox may call a head's forward, which the counter does not see, but its layers.
-        if path and not any(name in counts for name in above):
-            operators.setdefault(path[0], Counter()).update(found)
-            other.subtract(found)
-    operators['other'] = +other
+    operators = counter.operators
+    operators['other'] = operators.pop('other', Counter())  # the last
     parameters = Counter(dict.fromkeys(operators, 0))
     for name, parameter in model.named_parameters():
         part = name.split('.')[0]
         parameters[part if part in operators else 'other'] += parameter.numel()
-    named = {
-        part: {str(operator).split('.')[-1]: flops // 2 for operator, flops in found.items()}
-        for part, found in operators.items()
-    }
-    return Complexity(dict(parameters), named)
+    return Complexity(dict(parameters), {part: dict(found) for part, found in operators.items()})
 
 
 def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexity]:
@@ -144,18 +143,15 @@ def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexit
         ValueError: See :func:`count_complexity`.
     """
     image = torch.empty(1, count_input_channels(model), *shape)
-    if hasattr(model, 'roi_head'):
-        model = copy.copy(model)
-        model.forward = MethodType(_forward_with_most_regions, model)
-    deployed = copy.deepcopy(model)
-    switch_to_deploy(deployed)
-    model = copy.deepcopy(model)
-    for form in (model, deployed):
-        stop_masking_padding(form)
+    forms = dict(training=copy.deepcopy(model), deployed=copy.deepcopy(model))
+    switch_to_deploy(forms['deployed'])
+    for twin in forms.values():
+        stop_masking_padding(twin)
+        if hasattr(twin, 'roi_head'):
+            twin.forward = MethodType(_forward_with_most_regions, twin)
     sample = BaseDataElement(
         metainfo=dict(batch_input_shape=shape, img_shape=shape, ori_shape=shape)
     )
-    forms = dict(training=model, deployed=deployed)
     # Deformable attention compares the sizes of the maps, which are tensors there.
     on_zeros = hasattr(model, 'decoder') or hasattr(model, 'panoptic_head')
     return {

@@ -56,9 +56,9 @@ def _read(file: Path, number: int) -> pd.DataFrame:
         lines = pd.read_json(file, lines=True).assign(part=number)
         if lines.step.isna().any():
             raise ValueError('a line has no step')
-    except (ValueError, AttributeError) as error:
+        lines = lines[lines.step > 0]
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'{str(file)!r} is no log, or a damaged one: {error}') from error
-    lines = lines[lines.step > 0]
     return lines if len(lines) else pd.DataFrame()
 
 

@@ -9,6 +9,7 @@ operations in them, also in custom functions and checkpointed blocks.
 
 import copy
 import math
+import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -56,6 +58,8 @@ COLUMNS = dict(
     lower_bound_ms='Lower bound [ms]',
 )
 """Columns of a printed table, and their headings."""
+COMPILED = dict(fused_kernels='Compiled: fused kernels', library_calls='Compiled: library calls')
+"""More columns, of :func:`count_compiled_kernels`."""
 # Operators without a kernel, besides views; by name, without leading underscores.
 WITHOUT_KERNEL = frozenset(
     'device detach alias lift_fresh unsafe_view empty empty_like empty_strided new_empty '
@@ -210,6 +214,26 @@ def count_launches(
         except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
             raise ValueError(f"what runs depends on a tensor's values: {error}") from error
         return StepCounts(forward.counts, backward.counts, saved.count_bytes(model))
+
+
+def count_compiled_kernels(model: nn.Module, images: Sequence[int]) -> Tuple[int, int]:
+    """Count what ``torch.compile`` makes of a forward pass on a CPU.
+
+    Inductor generates code for CUDA only where it finds a GPU. For a CPU, it fuses by the same rules.
+
+    Args:
+        model: In evaluation mode, on a CPU.
+        images: Shape of the images, (B, C, H, W).
+
+    Returns:
+        Number of fused kernels, and of matrix products and convolutions that libraries do.
+    """
+    torch.compiler.reset()
+    with torch.inference_mode():
+        _, code = run_and_get_code(torch.compile(model), torch.randn(*images))
+    calls = (r'^ +cpp_fused\w*\(', r'\b(extern_kernels|torch\.ops)[.\w]*\(')
+    fused, library = (len(re.findall(call, '\n'.join(code), re.MULTILINE)) for call in calls)
+    return fused, library
 
 
 @contextmanager

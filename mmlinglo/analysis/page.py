@@ -375,11 +375,8 @@ def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Tuple[s
         overlap, union, _, truth = (sum(each).numpy() for each in zip(*metric.results))
         columns = (truth / truth.sum(), overlap / union, overlap / truth)
         rows = [[name, *((f'{x:.2%}', x) for x in row)] for name, *row in zip(names, *columns)]
-        return (
-            'Overlap (IoU) of the classes',
-            ['Class', 'Of all pixels', 'IoU', 'Pixels found'],
-            rows,
-        )
+        head = ['Class', 'Of all pixels', 'IoU', 'Pixels found']
+        return 'Overlap (IoU) of the classes', head, rows
     metric.classwise, metric.img_ids, metric.metrics = True, ids, ['bbox']  # of mmdet's CocoMetric
     logger = MMLogger.get_current_instance()
     level = logger.level
@@ -435,18 +432,17 @@ def render(
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence], about: str = '') -> str:
+    if not rows:
+        return ''
     lines = []
     for first, *rest in rows:
         shaded = ((cell, 0) if isinstance(cell, str) else cell for cell in rest)
         cells = (f'<td style="--shade: {x:.2f}">{escape(text)}</td>' for text, x in shaded)
         lines.append(f'<tr><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
     heads = ''.join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    table = (
-        f'<table><thead><tr>{heads}</tr></thead><tbody>\n' + '\n'.join(lines) + '\n</tbody></table>'
-    )
-    return (
-        f'<p class="hint">{escape(about)}</p>\n<div class="scroll">{table}</div>' if lines else ''
-    )
+    body = '\n'.join(lines)
+    table = f'<table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table>'
+    return f'<p class="hint">{escape(about)}</p>\n<div class="scroll">{table}</div>'
 
 
 def _grid(groups: List[list], about: str = '') -> str:

@@ -4,6 +4,7 @@
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -37,13 +38,10 @@ def make_parser(
     add, out = parser.add_argument, f'work_dirs/analysis/{name}'
     add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
     if rounds is not None:
-        add(
-            '--rounds',
-            type=at_least(2),
-            default=rounds,
-            help='rounds of timing; default: %(default)s',
-        )
-        add('--threads', type=at_least(1), help="CPU threads; default: PyTorch's")
+        text = 'rounds of timing; default: %(default)s'
+        add('--rounds', type=at_least(2), default=rounds, help=text)
+        text = "CPU threads; default: PyTorch's"
+        add('--threads', type=at_least(1), default=torch.get_num_threads(), help=text)
     if rounds is not None and device:
         first = 'cuda' if torch.cuda.is_available() else 'cpu'
         add('--device', choices=['cpu', 'cuda'], default=first, help='default: %(default)s')
@@ -117,6 +115,12 @@ def git_commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else 'unknown'
 
 
+def list_rows(table: Any) -> List[dict]:
+    """List the rows of a pandas.DataFrame, with None for NaN and infinity, which JSON does not have."""
+    finite = table.replace([math.inf, -math.inf], math.nan).astype(object)
+    return finite.where(finite.notna(), None).to_dict('records')
+
+
 def write_report(out: Union[str, Path], rows: List[dict], source: Dict[str, Any]) -> None:
     """Write a table as ``<out>.json`` (with its provenance) and ``<out>.csv``.
 
@@ -124,25 +128,25 @@ def write_report(out: Union[str, Path], rows: List[dict], source: Dict[str, Any]
         out: Path without suffix; folders are made.
         rows: One dict a line; the CSV has all their keys as columns.
         source: From :func:`provenance`.
+
+    Raises:
+        UsageError: If a file cannot be written.
     """
     import pandas as pd
 
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(provenance=source, rows=rows), indent=2, allow_nan=False)
-    with_suffix(out, '.json').write_text(text + '\n')
-    pd.DataFrame(rows, dtype=object).to_csv(with_suffix(out, '.csv'), index=False)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(f'{out}.json').write_text(text + '\n')
+        pd.DataFrame(rows, dtype=object).to_csv(f'{out}.csv', index=False)
+    except OSError as error:
+        raise UsageError(f'{str(out)!r} cannot be written: {error.strerror}') from error
 
 
 def save_figure(figure: Any, out: Union[str, Path]) -> None:
     """Write a figure of matplotlib as ``<out>.png``; folders are made."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(with_suffix(out, '.png'), dpi=150)
-
-
-def with_suffix(out: Union[str, Path], suffix: str) -> Path:
-    """``out`` with ``suffix`` appended; dots in its name stay (unlike Path.with_suffix)."""
-    return Path(f'{out}{suffix}')
+    figure.savefig(f'{out}.png', dpi=150)
 
 
 def format_table(rows: List[dict], columns: Union[Sequence[str], Mapping[str, str]]) -> str:

@@ -55,11 +55,7 @@ class SaliencyMaps:
         weights = self.weights[stage, block]
         stride, offset = self.grids[stage]
         rows, columns = (
-            ((torch.arange(pixels) - offset) / stride)
-            .add(0.5)
-            .floor()
-            .long()
-            .clamp(0, positions - 1)
+            ((torch.arange(pixels) - offset) / stride + 0.5).long().clamp(0, positions - 1)
             for pixels, positions in zip(self.picture.shape, weights.shape[1:])
         )
         return weights[:, rows][:, :, columns]

@@ -66,10 +66,10 @@ def plot_saliency(
             heads = {'Mean of Heads': relative.mean(axis=0)}
         for name, values in heads.items():
             tiles[f'Stage {stage}, Block {block}, {name}'] = (stage, values)
-        notes.setdefault(stage, [f'stage {stage}: {height} x {width} positions', 0.0])
+        notes.setdefault(stage, [f'Stage {stage}: {height} x {width} Positions', 0.0])
         notes[stage][1] = max(notes[stage][1], float(maps.padding_share(stage, block).max()))
     lines = [
-        text + (f', at most {share:.1%} of the weight of a head on padding' if share else '')
+        text + (f', at Most {share:.1%} of the Weight of a Head on Padding' if share else '')
         for text, share in notes.values()
     ]
     figure = _draw(maps, tiles, f'{title}\n{"; ".join(lines)}')

@@ -5,8 +5,19 @@ import json
 import math
 import re
 import reprlib
-from pathlib import Path
-from typing import Annotated, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import (
+    Annotated,
+    Any,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Type,
+    Union,
+)
 
 import numpy as np
 
@@ -62,11 +73,12 @@ PARTS: Dict[str, Type[msgspec.Struct]] = dict(
 
 
 class Coco(NamedTuple):
-    """The entries of a file that can be used."""
+    """The entries of a file that can be used, and the ids of all images and all categories."""
 
     images: List[Image]
     annotations: List[Annotation]
     categories: List[Category]
+    ids: Dict[str, Set[Id]]
 
 
 class UnreadableError(Exception):
@@ -90,7 +102,7 @@ def read(path: str, optional: Tuple[str, ...] = ()) -> Tuple[Coco, List[Tuple[st
         with open(path) as file:
             content = json.load(file)
     except (ValueError, RecursionError, OSError) as error:
-        raise UnreadableError(f'{path}: {_encoding_problem(path) or error}') from error
+        raise UnreadableError(f'{path}: {encoding_problem(path) or error}') from error
     if not isinstance(content, dict):
         raise UnreadableError(f'{path}: not an object of lists, but {reprlib.repr(content)}')
     content = {**{part: [] for part in optional}, **content}
@@ -98,19 +110,28 @@ def read(path: str, optional: Tuple[str, ...] = ()) -> Tuple[Coco, List[Tuple[st
     if lacking:
         raise UnreadableError(f'{path}: no list {" and no list ".join(lacking)}')
     problems: List[Tuple[str, str]] = []
-    parts = [list(_convert(content[part], part, path, problems)) for part in PARTS]
-    return Coco(*parts), problems
+    parts = {part: list(_convert(content[part], part, path, problems)) for part in PARTS}
+    ids = {
+        part: {entry['id'] for entry in content[part] if _has_id(entry)}
+        for part in ('images', 'categories')
+    }
+    return Coco(**parts, ids=ids), problems
 
 
-def _encoding_problem(path: str) -> Optional[str]:
+def _has_id(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get('id'), (int, float, str))
+
+
+def encoding_problem(path: str) -> Optional[str]:
     """Explain why a text cannot be read although an editor shows it."""
     try:
-        start = Path(path).read_bytes()[:3]
+        with open(path, 'rb') as file:
+            start = file.read(4)
     except OSError:
         return None
-    if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
+    if start[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in start:
         return 'the text is UTF-16: save it as UTF-8'
-    if start == b'\xef\xbb\xbf':
+    if start[:3] == b'\xef\xbb\xbf':
         return 'the text starts with a byte-order mark: save it as UTF-8 without one'
     return None
 

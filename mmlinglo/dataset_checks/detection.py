@@ -73,6 +73,10 @@ def check_coco(cfg: Config, split: Split, names: Dict[str, List[str]], opener: O
         sizes = {osp.join(prefix, i.file_name): (i.height, i.width) for i in images.values()}
         pictures = [Picture(path, shape, **loading(split)) for path, shape in sizes.items()]
         check_pictures(split, pictures, opener)
+        if split.training and pictures:
+            split.input_size = split.transformed_size(
+                dict(img_path=pictures[0].path, img_id=0, instances=[])
+            )
 
 
 def check_categories(split: Split, content: coco.Coco) -> List[str]:
@@ -160,13 +164,12 @@ class Annotations:
         for value in _repeated(annotation.id for annotation in annotations):
             self.split.add('annotation-duplicate', f'{self.path}: id {value!r}')
         for annotation in annotations:
-            if annotation.category_id not in self.names:
-                self.add(
-                    'annotation-category', annotation, f'category_id {annotation.category_id!r}'
-                )
-            elif annotation.image_id not in self.images:
-                self.add('annotation-image', annotation, f'image_id {annotation.image_id!r}')
-            else:
+            category_id, image_id = annotation.category_id, annotation.image_id
+            if category_id not in self.content.ids['categories']:
+                self.add('annotation-category', annotation, f'category_id {category_id!r}')
+            elif image_id not in self.content.ids['images']:
+                self.add('annotation-image', annotation, f'image_id {image_id!r}')
+            elif category_id in self.names and image_id in self.images:
                 self.kept.append(annotation)
         self.boxes = np.array([coco.box_of(a) for a in self.kept], float).reshape(-1, 4)
         self.check_classes()
@@ -182,12 +185,13 @@ class Annotations:
         total = Counter(a.category_id for a in annotations)
         crowd = Counter(a.category_id for a in annotations if a.iscrowd)
         ignored = Counter(a.category_id for a in annotations if a.ignore)
+        missed = Counter(a.category_id for a in annotations if a.ignore and not a.iscrowd)
         for key, name in self.names.items():
             if name not in (split.classes or ()):
                 continue
             place = f'{self.path}: {name!r}'
-            if ignored[key] and self.evaluated:
-                place += f', {ignored[key]} of {total[key]} boxes have `ignore`'
+            if missed[key] and self.evaluated:
+                place += f', {missed[key]} of {total[key]} boxes have `ignore`'
                 split.add('box-ignored', place)
             elif crowd[key] and crowd[key] == total[key]:
                 split.add('crowd-only', f'{place}, all {total[key]} boxes')
@@ -290,6 +294,9 @@ class Annotations:
         split, dataset = self.split, self.split.dataset
         filters = {} if dataset.test_mode else dataset.filter_cfg or {}
         min_size, classes = filters.get('min_size', 0), split.classes or ()
+        if not isinstance(min_size, (int, float)):
+            split.add('dataset-unbuildable', f'filter_cfg.min_size = {min_size!r} is no number')
+            min_size = 0
         annotated = {a.image_id for a in self.kept if self.names[a.category_id] in classes}
         split.num_samples = 0
         for key, image in self.images.items():

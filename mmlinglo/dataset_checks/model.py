@@ -3,12 +3,14 @@
 
 import os.path as osp
 import re
-from typing import Iterator, List, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 from mmengine.config import Config
+from mmengine.fileio import load
 
 from .report import Report
-from .splits import Split, type_name
+from .splits import Split, first_line, type_name
 
 STRIDE = 32  # of LinGlo's last stage, in pixels
 
@@ -101,13 +103,19 @@ def class_counts(node: dict) -> Iterator[Tuple[str, int]]:
 
 def loss_problems(cfg: Config, node: dict, count: int) -> Iterator[Tuple[str, str]]:
     """Find class weights and outputs of a decode head that do not fit the classes."""
-    weights = node.get('class_weight')
+    weights, file = node.get('class_weight'), ''
+    if isinstance(weights, str) and not weights.endswith(('.pickle', '.pkl')):  # these can run code
+        file = f' of {weights!r}'
+        try:  # as mmseg reads it
+            weights = np.load(weights).tolist() if weights.endswith('.npy') else load(weights)
+        except Exception as error:  # a damaged file can raise anything
+            yield 'class-weight', f'class_weight{file} cannot be read: {first_line(error)}'
     if isinstance(weights, (list, tuple)) and not node.get('use_mask'):
         scope, _, kind = str(node.get('type', '')).rpartition('.')
         softmax = kind == 'CrossEntropyLoss' and not node.get('use_sigmoid')
         background = softmax and (scope or cfg.get('default_scope')) == 'mmdet'
         if len(weights) != count + background:
-            place = f'class_weight has {len(weights)} values, {count + background} are needed'
+            place = f'class_weight{file} has {len(weights)} values, {count + background} are needed'
             yield 'class-weight', place + ' (with one for the background)' * background
     channels, classes = node.get('out_channels'), node.get('num_classes')
     if isinstance(channels, int) and isinstance(classes, int) and channels != classes:
@@ -125,10 +133,12 @@ def check_loaders(cfg: Config, splits: List[Split]) -> None:
     """Check that each loader yields batches, and that training and evaluation read different files."""
     for split in splits:
         count, batch_size = split.num_samples, split.loader.get('batch_size', 1)
+        times = repetitions(split.loader['dataset'], split.cfg)
+        count = count and count * (times or 1)
         place = f'{count} samples, batch_size {batch_size}'
         sampler = type_name(split.loader.get('sampler', {}).get('type', ''))
-        # Not endless, not repeated, and not joined with others.
-        plain = not sampler.startswith('Infinite') and split.loader['dataset'] == split.cfg
+        # Not endless, and not joined with others.
+        plain = not sampler.startswith('Infinite') and times is not None
         drop_last = split.loader.get('drop_last', False)
         if count == 0:
             split.add('no-samples', f'{split.cfg.get("data_root")}: 0 samples')
@@ -136,13 +146,22 @@ def check_loaders(cfg: Config, splits: List[Split]) -> None:
             split.add('no-samples', f'{place}, drop_last True')
         elif split.training and split.input_size and max(split.input_size) <= STRIDE:
             last = (count or 0) % batch_size if plain and not drop_last else 0
-            if 1 in (batch_size, last) and type_name(cfg.model.backbone.type) == 'LinGlo':
+            backbone = type_name((cfg.model.get('backbone') or {}).get('type', ''))
+            if 1 in (batch_size, last) and backbone == 'LinGlo':
                 height, width = split.input_size
                 split.add('last-batch', f'{place}, input {width} x {height}')
     train = [_source(split) for split in splits if split.training]
     for split in splits:
         if not split.training and _source(split) in train:
             split.add('same-data', str(split.cfg.get('data_root')))
+
+
+def repetitions(cfg: dict, leaf: dict) -> Optional[int]:
+    """How often a loader's data set yields each sample of one of its data sets; None if it chooses or joins."""
+    times = 1
+    while cfg != leaf and type_name(cfg.get('type', '')) == 'RepeatDataset':
+        times, cfg = times * cfg['times'], cfg['dataset']
+    return times if cfg == leaf else None
 
 
 def _source(split: Split) -> tuple:

@@ -16,6 +16,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 
+from .coco import encoding_problem
 from .pictures import (
     Opener,
     Picture,
@@ -135,6 +136,10 @@ def find_pairs(split: Split) -> List[Pair]:
     if dataset.ann_file and not osp.exists(dataset.ann_file):
         split.add('annotations-missing', dataset.ann_file)
         return []
+    problem = encoding_problem(dataset.ann_file) if dataset.ann_file else None
+    if problem is not None:
+        split.add('annotations-unreadable', f'{dataset.ann_file}: {problem}')
+        return []
     if missing or folders[0] is None:
         return []
     samples = split.load('annotations-unreadable')
@@ -210,8 +215,8 @@ def check_inputs(cfg: Config, split: Split, samples: Dict[Shape, dict]) -> None:
     test_cfg = cfg.model.get('test_cfg') or {}
     crop, stride = test_cfg.get('crop_size'), test_cfg.get('stride')
     if test_cfg.get('mode') == 'slide':
-        pairs = [isinstance(v, (list, tuple)) and len(v) == 2 for v in (crop, stride)]
-        if not all(pairs) or stride[0] > crop[0] or stride[1] > crop[1]:
+        fits = is_pair(crop) and is_pair(stride) and stride[0] <= crop[0] and stride[1] <= crop[1]
+        if not fits:
             split.add('slide-window', f'model.test_cfg: crop_size = {crop}, stride = {stride}')
             crop = None
     else:
@@ -230,6 +235,12 @@ def check_inputs(cfg: Config, split: Split, samples: Dict[Shape, dict]) -> None:
     for shape, place in zip(results, places):
         if crop is not None and (shape[0] < crop[0] or shape[1] < crop[1]):
             split.add('slide-small', f'{place}, crop_size {size(crop)}')
+
+
+def is_pair(value: Any) -> bool:
+    """Whether a value is two positive numbers of pixels."""
+    is_list = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_list and all(isinstance(number, int) and number > 0 for number in value)
 
 
 def check_labels(split: Split, opened: List[Labels], seen: Set[int], ignore_index: int) -> None:

@@ -52,7 +52,7 @@ class Split:
 
     def step(self, name: str) -> dict:
         """Settings of the first pipeline step of this type; {} if there is none."""
-        steps = [step for step in self.cfg.get('pipeline', []) if isinstance(step, dict)]
+        steps = [step for step in self.cfg.get('pipeline') or [] if isinstance(step, dict)]
         return next((step for step in steps if type_name(step['type']) == name), {})
 
     def prefix(self, key: str) -> Optional[str]:

@@ -180,6 +180,21 @@ def test_parts_and_shared_modules():
     assert (complexity.params, complexity.macs) == (36, sum(macs.values()))
 
 
+def test_a_layer_of_one_part_that_another_calls_counts_once():
+    """As the decoder of DINO calls the regression layers of its head."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = Function(lambda x: self.head['fc'](x))
+            self.head = nn.ModuleDict(dict(fc=nn.Linear(4, 2)))
+
+        def forward(self, x):
+            return self.decoder(x)
+
+    assert count_complexity(Model(), torch.empty(3, 4)).macs == 3 * 8
+
+
 @pytest.mark.parametrize(
     ('function', 'message'),
     [

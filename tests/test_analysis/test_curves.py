@@ -71,7 +71,7 @@ def test_unreadable_logs(tmp_path):
         read_scalars(tmp_path, 'top1')
     file = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
     good = file.read_text()
-    for bad in ('{"loss": 1.', '[1, 2]', '{"loss": 1.0}'):
+    for bad in ('{"loss": 1.', '[1, 2]', '{"loss": 1.0}', '{"loss": 1.0, "step": "x"}'):
         file.write_text(good + bad)
         with pytest.raises(ValueError, match=r'scalars\.json.* is no log, or a damaged one'):
             read_scalars(tmp_path, 'loss')

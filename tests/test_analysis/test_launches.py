@@ -1,5 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import copy
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mmlinglo.analysis.launches import (
     BANDWIDTH,
     GroupedLinGlo,
     build_form,
+    count_compiled_kernels,
     count_launches,
     run_backward,
 )
@@ -258,3 +260,19 @@ def test_unknown_forms():
         build_form('pvt_v2_b0', (224, 224), 'train', 'grouped')
     with pytest.raises(ValueError, match='mode'):
         build_form('linglo_b0', (224, 224), 'test')
+
+
+class _TwoKernels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return (self.linear(x.exp() + 1).sigmoid() * 2).relu()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs g++')
+def test_compiled_kernels_by_hand():
+    """What is before and after the product is one fused kernel each."""
+    assert count_compiled_kernels(_TwoKernels().eval(), (4, 8)) == (2, 1)

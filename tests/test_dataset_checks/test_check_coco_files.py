@@ -99,6 +99,12 @@ EVALUATIONS = {
     'crowd as bool': (every('iscrowd', False), 1.0, None, ''),
     'ignore': (every('ignore', 1, 1), 0.5, 'box-ignored', "'cat', 4 of 4 boxes"),
     'ignore 0': (every('ignore', 0), 1.0, None, ''),
+    'ignore and crowd': (
+        lambda c: c['annotations'][0].update(ignore=1, iscrowd=1),
+        1.0,
+        None,
+        '',
+    ),
     'ignore as text': (every('ignore', '0', 1), 0.5, 'value-invalid', ".ignore is '0': expected"),
     'area 0': (every('area', 0, 1), 0.5, 'box-empty', 'area 0'),
     'area null': (every('area', None), TypeError, 'value-invalid', '.area is None: expected float'),
@@ -220,6 +226,32 @@ def test_files_are_read_as_the_training_reads_them(experiment, encoding, problem
     )
     with pytest.raises(error):
         DATASETS.build({**experiment.cfg.train_dataloader.dataset, 'pipeline': []})
+
+
+@for_task('detection')
+@pytest.mark.parametrize('encoding', ['utf-16-le', 'utf-16-be'])
+def test_texts_without_a_mark_are_recognised(experiment, encoding):
+    path = experiment.annotations / 'train.json'
+    path.write_text(path.read_text(), encoding=encoding)
+    place = f'{path}: the text is UTF-16: save it as UTF-8'
+    assert experiment.findings()['annotations-unreadable'].places == [place]
+
+
+@for_task('detection')
+@pytest.mark.parametrize(('part', 'key'), [('images', 'width'), ('categories', 'name')])
+def test_entries_that_cannot_be_used_are_in_the_file_all_the_same(experiment, part, key):
+    experiment.edit(lambda content: content[part][0].update({key: None}))
+    found = experiment.findings()
+    assert 'value-invalid' in found
+    assert not {'annotation-image', 'annotation-category'} & set(found)
+
+
+@for_task('detection')
+def test_a_least_size_that_is_no_number(experiment):
+    experiment.cfg.train_dataloader.dataset.filter_cfg.min_size = '32'
+    found = experiment.findings()
+    assert set(found) == {'dataset-unbuildable'}
+    assert found['dataset-unbuildable'].places == ["filter_cfg.min_size = '32' is no number"]
 
 
 @for_task('detection')
@@ -449,7 +481,7 @@ def spoil(content, rng):
 
 @pytest.mark.parametrize(
     ('part', 'files'),
-    [(0, 150), *(pytest.param(p, 500, marks=pytest.mark.slow) for p in (1, 2, 3))],
+    [(0, 150), *(pytest.param(p, 500, marks=pytest.mark.slow) for p in (1, 2, 3, 4))],
 )
 def test_whatever_the_file_holds(tmp_path, part, files):
     """Spoilt files: no error of the checker, and perfect scores unless it finds something."""

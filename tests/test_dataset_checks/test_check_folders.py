@@ -91,6 +91,20 @@ def test_annotation_file_of_class_numbers(experiment):
 
 
 @for_task('classification')
+@pytest.mark.parametrize(
+    ('encoding', 'problem'),
+    [('utf-8-sig', 'starts with a byte-order mark'), ('utf-16', 'is UTF-16: save it as UTF-8')],
+)
+def test_annotation_file_in_another_encoding(experiment, encoding, problem):
+    path = experiment.root / 'train.txt'
+    path.write_text('cat/0.jpg 0\ndog/0.jpg 1\n', encoding=encoding)
+    experiment.cfg.train_dataloader.dataset.ann_file = 'train.txt'
+    found = experiment.findings()
+    assert set(found) == {'annotations-unreadable'}
+    assert found['annotations-unreadable'].places[0].startswith(f'{path}: the text {problem}')
+
+
+@for_task('classification')
 def test_batches_and_top_k(experiment):
     experiment.cfg.train_dataloader.batch_size = 64
     experiment.cfg.val_evaluator.topk = (1, 5)

@@ -2,6 +2,7 @@
 """Settings of a config that do not fit the data, or each other."""
 
 import copy
+import json
 import os
 
 import mmdet
@@ -46,6 +47,23 @@ def test_class_weights_of_a_segmentor(experiment, number, several):
     where = 'model.decode_head.loss_decode' + '.0' * several
     expected = f'{where}: class_weight has {number} values, 3 are needed'
     assert places(experiment, 'class-weight') == ([] if number == 3 else [expected])
+
+
+@for_task('segmentation')
+@pytest.mark.parametrize('suffix', ['.json', '.npy'])
+def test_class_weights_in_a_file(experiment, tmp_path, suffix):
+    path = tmp_path / f'weights{suffix}'
+    experiment.cfg.model.decode_head.loss_decode.class_weight = str(path)
+    start = f'model.decode_head.loss_decode: class_weight of {str(path)!r}'
+    (place,) = places(experiment, 'class-weight')
+    assert place.startswith(f'{start} cannot be read: ')
+    for number in (3, 4):
+        if suffix == '.npy':
+            np.save(path, np.ones(number))
+        else:
+            path.write_text(json.dumps(number * [1.0]))
+        expected = f'{start} has 4 values, 3 are needed'
+        assert places(experiment, 'class-weight') == ([] if number == 3 else [expected])
 
 
 @for_task('classification')
@@ -119,7 +137,15 @@ def test_batches_of_images_of_two_sizes(experiment, two_sizes):  # noqa: ARG001
 
 @for_task('segmentation')
 @pytest.mark.parametrize(
-    ('crop_size', 'stride'), [(64, (42, 42)), ((64, 64), None), ((32, 32), (64, 64))]
+    ('crop_size', 'stride'),
+    [
+        (64, (42, 42)),
+        ((64, 64), None),
+        ((32, 32), (64, 64)),
+        ((64, 64), (0, 42)),
+        (('64', '64'), (42, 42)),
+        ((64, 64), (42.5, 42)),
+    ],
 )
 def test_sliding_windows_that_fail(experiment, crop_size, stride):
     settings = dict(mode='slide', crop_size=crop_size)
@@ -153,6 +179,29 @@ def test_last_batch_of_one_image(experiment):
         loader.batch_size = batch_size
         expected = [f'6 samples, batch_size {batch_size}, input 32 x 32']
         assert places(experiment, 'last-batch') == (expected if is_found else [])
+    loader.dataset = dict(type='RepeatDataset', times=2, dataset=loader.dataset)
+    for batch_size, is_found in ((11, True), (5, False)):
+        loader.batch_size = batch_size
+        expected = [f'12 samples, batch_size {batch_size}, input 32 x 32']
+        assert places(experiment, 'last-batch') == (expected if is_found else [])
+
+
+@for_task('detection')
+@pytest.mark.parametrize(('size', 'is_found'), [(32, True), (64, False)])
+def test_last_batch_of_a_detector(experiment, size, is_found):
+    loader = experiment.cfg.train_dataloader
+    loader.batch_size = 2
+    for step in loader.dataset.pipeline:
+        if 'scale' in step:
+            step.scale = (size, size)
+    expected = ['3 samples, batch_size 2, input 32 x 21']
+    assert places(experiment, 'last-batch') == (expected if is_found else [])
+
+
+@for_task('detection')
+def test_a_data_set_without_a_pipeline(experiment):
+    experiment.cfg.train_dataloader.dataset.pipeline = None
+    assert experiment.findings() == {}
 
 
 @for_task('detection')

@@ -29,6 +29,6 @@ def test_table(tmp_path, capsys):
 def test_mistakes(tmp_path):
     with pytest.raises(UsageError, match='resnet19'):
         tool.main(['--models', 'resnet19', '--out', str(tmp_path / 'counts')])
-    for args in (['--batch-size', '0'], ['--shape', '32', '32']):
+    for args in (['--batch-size', '0'], ['--shape', '32', '32'], ['--compiled']):
         with pytest.raises(SystemExit):
             tool.main(args)

@@ -63,6 +63,7 @@ def test_plot_curves(tmp_path):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
+        (['epochs', '--key', 'acc', '--out', '/dev/null/x'], "'/dev/null/x' cannot be written"),
         (['epochs', '--key', 'top1'], "no scalar 'top1' after step 0; it has: acc"),
         (['epochs', 'iterations', '--key', 'acc'], 'some steps of'),
         (['epochs', 'missing'], "no folder 'missing'"),
@@ -83,6 +84,6 @@ def test_plot_curves_refuses(tmp_path, args, message):
     folders = {name: tmp_path / name for name in ('epochs', 'iterations', 'late')}
     out = tmp_path / 'out'
     with pytest.raises(UsageError) as caught:
-        import_tool(CURVES).main([*(str(folders.get(arg, arg)) for arg in args), '--out', str(out)])
+        import_tool(CURVES).main(['--out', str(out), *(str(folders.get(arg, arg)) for arg in args)])
     assert message in str(caught.value)
     assert not list(tmp_path.glob('out*'))

@@ -39,4 +39,4 @@ def test_faster_rcnn_learns_the_shapes(tmp_path):
     scores = [
         line['coco/bbox_mAP'] for line in logged(tmp_path / 'work') if 'coco/bbox_mAP' in line
     ]
-    assert scores[-1] > 0.5
+    assert scores[-1] > 0.3  # 0.51 and 0.59 in two runs, 0.03 with scrambled features

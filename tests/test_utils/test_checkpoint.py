@@ -312,6 +312,7 @@ class Wrapped(torch.nn.Module):
         (AveragedModel, 'EMA'),
         (ExponentialMovingAverage, 'EMA'),
         (lambda model: AveragedModel(Wrapped(torch.compile(model))), 'EMA and torch.compile'),
+        (lambda model: torch.compile(AveragedModel(model)), 'EMA and torch.compile'),
     ],
 )
 def test_prefixes_of_wrappers_are_removed(wrap, named, log, tmp_path):

@@ -11,7 +11,6 @@ import argparse
 import sys
 from typing import List, Optional
 
-import torch
 from check_bars import main as check_bars
 
 from mmlinglo.analysis import benchmark, report
@@ -56,7 +55,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError('--memory-limit and --max-seconds cannot be used with --no-memory')
     args.models = args.models or (SWEPT if args.sweep else COMPARED)
     args.batch_size = args.batch_size or 1
-    args.threads = args.threads or torch.get_num_threads()
     args.max_seconds = args.max_seconds or (20.0 if args.sweep else None)
     if args.forms is None:
         usual = ['fused'] if args.sweep else benchmark.FORMS
@@ -88,8 +86,9 @@ def measure(args: argparse.Namespace) -> None:
     report.write_report(args.out, rows, source)
     size = '' if args.sweep else ' of {} x {} Pixels'.format(*shapes[0])
     outputs = 'Four Feature Maps' if maps else 'Pooled Features'
-    heading = f'{args.mode.capitalize()}, Batch of {args.batch_size}{size}, {outputs}'
-    place = f'{args.dtype}; {source["device"]}, CPU threads: {args.threads}'
+    task = 'Training Step' if args.mode == 'train' else 'Inference'
+    heading = f'{task}, Batch of {args.batch_size}{size}, {outputs}'
+    place = f'{args.dtype}; {source["device"]}, CPU Threads: {args.threads}'
     (plot_sweep if args.sweep else plot_accuracy)(rows, f'{heading}\n{place}', args.out)
     print(f'{heading}, {place}\n\n{report.format_table(rows, benchmark.COLUMNS)}')
     print(f'{args.out}.json, .csv, .png')

@@ -8,6 +8,7 @@ each), whichever is longer.
 """
 
 import argparse
+import shutil
 from itertools import product
 from typing import List, Optional
 
@@ -46,10 +47,18 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         'image size in pixels; default: 224 224, for pooled features; otherwise four feature maps'
     )
     add('--shape', nargs=2, type=int, metavar=('H', 'W'), default=(224, 224), help=text)
+    text = (
+        'count, for a forward pass in float32, the kernels that torch.compile makes for a CPU too'
+    )
+    add('--compiled', action='store_true', help=text)
     add('--channels-last', action='store_true', help='layout of images and kernels')
     out = 'work_dirs/analysis/count_launches'
     add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
     args = parser.parse_args(argv)
+    if args.compiled and ('train' in args.modes or args.amp != ['none']):
+        parser.error('--compiled needs --modes eval or deploy, without --amp')
+    if args.compiled and not shutil.which('g++'):
+        parser.error('--compiled needs g++: on Debian or Ubuntu, apt-get install g++')
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
     if min(args.shape) < 64:
@@ -71,9 +80,13 @@ def main(argv: Optional[List[str]] = None) -> int:
             row = dict(model=name, form=form, mode=mode, amp=amp)
             row['images'] = '{} x {} x {}'.format(args.batch_size, *args.shape)
             rows.append({**row, **counts.row()})
+            if args.compiled:
+                kernels = launches.count_compiled_kernels(model, images)
+                rows[-1].update(zip(launches.COMPILED, kernels))
     source = provenance('cpu', counted='with CUDA tensors without data; nothing was timed')
     write_report(args.out, rows, source)
-    print(format_table(rows, launches.COLUMNS), f'{args.out}.json, .csv', sep='\n')
+    columns = {**launches.COLUMNS, **(launches.COMPILED if args.compiled else {})}
+    print(format_table(rows, columns), f'{args.out}.json, .csv', sep='\n')
     return 0
 
 

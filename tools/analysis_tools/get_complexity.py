@@ -56,7 +56,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     source = provenance('cpu', config=args.config, shape=shape, batch_size=1)
     write_report(args.out, rows, source)
-    title = f'{Path(args.config).stem}, one image of {shape[0]} x {shape[1]} pixels'
+    title = f'{Path(args.config).stem}, One Image of {shape[0]} x {shape[1]} Pixels'
     plot_complexity(rows, title, args.out)
     columns = dict(form='form', part='part', params_m='params (M)', macs_g='multiply-adds (G)')
     print(title)

@@ -27,7 +27,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     add('--paddings', nargs='+', type=int, default=[128, 320], help=text)
     add('--seeds', type=report.at_least(1), default=5, help='number of seeds; default: %(default)s')
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    torch.set_num_threads(args.threads)
     with report.explain_errors():
         shifts = measure_shifts(args.paddings, seeds=range(args.seeds))
         costs = measure_cost(SIZES, args.device, args.rounds)

@@ -10,25 +10,22 @@ import glob
 import os
 from typing import List, Optional
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mmlinglo.analysis import report
 from mmlinglo.analysis.curves import common_steps, draw_curves, read_scalars
-from mmlinglo.analysis.report import format_table, provenance, save_figure, write_report
 from mmlinglo.utils.cli import UsageError, run
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = report.make_parser(__doc__, 'plot_curves')
     add = parser.add_argument
     text = "a quoted pattern, such as 'work_dirs/b0_seed*', means all that match, with one label"
     add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'work dir of a training; {text}')
     text = 'one per WORK_DIR; equal labels make one curve; default: the names of the folders'
     add('--labels', nargs='+', help=text)
     add('--key', default='accuracy/top1', help='name of the scalar; default: %(default)s')
-    out = 'work_dirs/analysis/plot_curves'
-    add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
     return parser.parse_args(argv)
 
 
@@ -66,24 +63,21 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise UsageError(f'{error}') from error
     unit = points.unit[0]
     names = dict(label='label', run='work_dir', step=unit, value=args.key)
-    rows = points.rename(columns=names)[[*names.values()]].astype({unit: int})
-    # JSON has no NaN: the loss of a diverged training becomes an empty cell.
-    rows = rows.astype(object)
-    rows.loc[~np.isfinite(points.value), args.key] = None
-    source = provenance('cpu', key=args.key)
+    rows = report.list_rows(points.rename(columns=names)[[*names.values()]].astype({unit: int}))
+    source = report.provenance('cpu', key=args.key)
     for name in ('device', 'dtype', 'threads'):
         del source[name]  # this process's; the trainings' are in their own logs
-    write_report(args.out, rows.to_dict('records'), source)
+    report.write_report(args.out, rows, source)
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     draw_curves(figure.subplots(), points, unit.title(), args.key)
-    save_figure(figure, args.out)
+    report.save_figure(figure, args.out)
     last = common[common.step == common.groupby('label').step.transform('max')]
     numbers = {name: ('value', name) for name in ('mean', 'min', 'max')}
     by_label = last.groupby('label', sort=False)
     table = by_label.agg(runs=('run', 'nunique'), step=('step', 'max'), **numbers).reset_index()
     headings = dict(label='Label', runs='Runs', step=f'Last {unit}', mean=args.key)
     headings.update(min='Minimum', max='Maximum')
-    print(format_table(table.to_dict('records'), headings))
+    print(report.format_table(table.to_dict('records'), headings))
     print(f'{args.out}.json, .csv, .png')
     return 0
 

@@ -71,14 +71,8 @@ def find_commands(training: Training, work_dir: Path, checkpoint: str) -> List[T
     processes = training.facts.get('processes')
     start = ['bash', 'tools/dist_train.sh'] if processes else ['python', 'tools/train.py']
     train = [*start, str(config), *([processes] if processes else []), '--work-dir', str(work_dir)]
-    test = [
-        'python',
-        'tools/test.py',
-        str(config),
-        checkpoint,
-        '--work-dir',
-        str(work_dir / 'test'),
-    ]
+    test = ['python', 'tools/test.py', str(config), checkpoint]
+    test += ['--work-dir', str(work_dir / 'test')]
     return [('Training', shlex.join(train)), ('Test', shlex.join(test))]
 
 

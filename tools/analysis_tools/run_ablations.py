@@ -59,7 +59,7 @@ def run_campaign(args: argparse.Namespace) -> List[str]:
     def write_results() -> str:
         settings = dict(epochs=cfg.train_cfg.max_epochs, batch_size=cfg.train_dataloader.batch_size)
         heading = (
-            'CIFAR-10: {train} training and {test} test images, {epochs} epochs, batch '
+            'CIFAR-10: {train} Training and {test} Test Images, {epochs} Epochs, Batches of '
             '{batch_size}'.format(**images, **settings)
         )
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
