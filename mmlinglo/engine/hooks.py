@@ -26,9 +26,9 @@ class AverageBuffersHook(Hook):
     def after_train_iter(
         self,
         runner: Runner,
-        batch_idx: int,  # noqa: ARG002
-        data_batch: Optional[dict] = None,  # noqa: ARG002
-        outputs: Optional[dict] = None,  # noqa: ARG002
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
+        outputs: Optional[dict] = None,
     ) -> None:
         """Average the buffers."""
         buffers = [b for b in runner.model.buffers() if b.is_floating_point()]
@@ -43,7 +43,7 @@ class MainProcessLoggerHook(LoggerHook):
     at once. This can leave an invalid JSON file.
     """
 
-    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:  # noqa: ARG002
+    def after_test_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
         """Log the metrics, and write them to a file in the main process."""
         tag, text = runner.log_processor.get_log_after_epoch(
             runner, len(runner.test_dataloader), 'test', with_non_scalar=True

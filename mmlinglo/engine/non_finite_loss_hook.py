@@ -79,8 +79,8 @@ class NonFiniteLossHook(Hook):
     def before_train_iter(
         self,
         runner: Runner,
-        batch_idx: int,  # noqa: ARG002
-        data_batch: Optional[dict] = None,  # noqa: ARG002
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
     ) -> None:
         """Remember the buffers."""
         if self.action == 'skip':
@@ -89,8 +89,8 @@ class NonFiniteLossHook(Hook):
     def after_train_iter(
         self,
         runner: Runner,
-        batch_idx: int,  # noqa: ARG002
-        data_batch: Optional[dict] = None,  # noqa: ARG002
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
         outputs: Optional[dict] = None,
     ) -> None:
         """Look at the loss."""

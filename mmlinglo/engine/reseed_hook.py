@@ -88,9 +88,9 @@ class ReseedHook(Hook):
     def after_train_iter(
         self,
         runner: Runner,
-        batch_idx: int,  # noqa: ARG002
-        data_batch: Optional[dict] = None,  # noqa: ARG002
-        outputs: Optional[dict] = None,  # noqa: ARG002
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
+        outputs: Optional[dict] = None,
     ) -> None:
         """Seed wherever an iteration-based run can be resumed."""
         if not isinstance(runner.train_loop, EpochBasedTrainLoop) and self._is_saved_now(runner):

@@ -37,11 +37,7 @@ def _with_image_sizes(preprocessor: BaseDataPreprocessor) -> BaseDataPreprocesso
     return preprocessor
 
 
-def _keep_image_sizes(
-    module: BaseDataPreprocessor,  # noqa: ARG001
-    args: tuple,  # noqa: ARG001
-    batch: dict,
-) -> None:
+def _keep_image_sizes(_: BaseDataPreprocessor, __: tuple, batch: dict) -> None:
     if batch['data_samples'] is not None:
         sizes = [tuple(sample.img_shape[:2]) for sample in batch['data_samples']]
         setattr(batch['inputs'], IMAGE_SIZES, sizes)
