@@ -12,8 +12,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Callable, Iterable, List, Optional
+from typing import List, Optional
 
+from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
 
@@ -24,14 +25,15 @@ from mmlinglo.utils.files import complete_file
 from mmlinglo.utils.inference import DRAWINGS, PICTURE_SUFFIXES, PREDICTIONS, Predictor
 
 CLASSES = 'classes.json'  # names of the classes, in the folder of the results
+SCREEN = Console(stderr=True)
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = cli.config_parser(__doc__)
     add = parser.add_argument
     add('checkpoint', help='checkpoint file')
-    add('input', help='a picture, a folder of pictures or a video')
-    add('--out-dir', default='outputs', help='folder for the results')
+    add('input', type=Path, help='a picture, a folder of pictures or a video')
+    add('--out-dir', type=Path, default='outputs', help='folder for the results')
     add('--device', help='such as cpu or cuda:0; default: the first GPU, else cpu')
     add('--batch-size', type=int, default=1, help='pictures or frames at a time')
     add('--score-thr', type=float, default=0.3, help='lowest score of drawn boxes')
@@ -40,59 +42,53 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_folders(source: Path, out_dir: Path) -> None:
-    """Refuse to write over the input."""
-    if not source.exists():
-        raise UsageError(f'input {str(source)!r} not found')
-    path, out = source.resolve(), out_dir.resolve()
-    if path == out:
-        raise UsageError(f'--out-dir {str(out_dir)!r} is the input itself: name another folder')
-    for results in (out / DRAWINGS, out / PREDICTIONS):
-        if results in (path, *path.parents):
-            message = f'input {str(source)!r} lies in {str(results)!r}, where results go'
-            raise UsageError(f'{message}: name another --out-dir')
+def load_predictor(cfg: Config, args: argparse.Namespace) -> Predictor:
+    """Load the model, and write the names of its classes."""
+    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
+    settings = dict(device=args.device, score_thr=args.score_thr, deploy=args.deploy)
+    try:
+        predictor = Predictor(cfg, checkpoint, args.checkpoint, **settings)
+    except ValueError as error:
+        raise UsageError(f'{args.config}: {error}') from error
+    if predictor.classes:
+        with complete_file(args.out_dir / CLASSES) as file:
+            file.write_text(json.dumps(list(predictor.classes)))
+    print(f'{args.checkpoint}: loaded, predicting on {args.device}', file=sys.stderr)
+    return predictor
 
 
-def progress(steps: Iterable, total: int) -> Iterable:
-    return track(steps, 'Inference', total=total or None, console=Console(stderr=True))
-
-
-def infer_pictures(build: Callable[[], Predictor], source: Path, args: argparse.Namespace) -> None:
-    out_dir = Path(args.out_dir)
-    folder, names, others = source.parent, [source.name], 0
-    if source.is_dir():
-        listed = inference.list_files(source, (out_dir / DRAWINGS, out_dir / PREDICTIONS))
-        files = [x for x in listed if source / x != out_dir / CLASSES]
-        folder, names = source, [x for x in files if x.lower().endswith(PICTURE_SUFFIXES)]
+def infer_pictures(cfg: Config, args: argparse.Namespace) -> None:
+    folder, names, others = args.input.parent, [args.input.name], 0
+    vis, preds = args.out_dir / DRAWINGS, args.out_dir / PREDICTIONS
+    if args.input.is_dir():
+        folder, listed = args.input, inference.list_files(args.input, skip=(vis, preds))
+        files = [x for x in listed if folder / x != args.out_dir / CLASSES]
+        names = [x for x in files if x.lower().endswith(PICTURE_SUFFIXES)]
         others = len(files) - len(names)
     if not names:
-        raise UsageError(f'no pictures ({", ".join(PICTURE_SUFFIXES)}) in {str(source)!r}')
-    skipped = 0
-    steps = inference.annotate_pictures(build(), folder, names, out_dir, args.batch_size)
-    for name, problem in progress(steps, len(names)):
+        raise UsageError(f'no pictures ({", ".join(PICTURE_SUFFIXES)}) in {str(folder)!r}')
+    predictor, skipped = load_predictor(cfg, args), 0
+    steps = inference.annotate_pictures(predictor, folder, names, args.out_dir, args.batch_size)
+    for name, problem in track(steps, 'Inference', len(names), console=SCREEN):
         if problem is not None:
             skipped += 1
             print(f'{folder / name}: skipped: {problem}', file=sys.stderr)
-    done = len(names) - skipped
-    print(f'{done} pictures in {out_dir / DRAWINGS}, predictions in {out_dir / PREDICTIONS}')
+    print(f'{len(names) - skipped} pictures in {vis}, predictions in {preds}')
     if others:
         print(f'{others} files of other kinds passed over')
     if skipped:
         raise UsageError(f'{skipped} of {len(names)} pictures skipped, see above')
 
 
-def infer_video(build: Callable[[], Predictor], source: Path, args: argparse.Namespace) -> None:
-    out_dir = Path(args.out_dir)
-    try:
-        reader = inference.open_video(source)
-        predictor = build()
-        channels = count_input_channels(predictor.model)
-        if channels != 3:
-            raise UsageError(f'{args.config} takes images of {channels} channels, videos have 3')
-        steps = inference.annotate_video(predictor, reader, source.name, out_dir, args.batch_size)
-        done = sum(1 for _ in progress(steps, reader.frame_cnt))
-    except inference.UnreadableError as error:
-        raise UsageError(f'video {str(source)!r}: {error}') from error
+def infer_video(cfg: Config, args: argparse.Namespace) -> None:
+    source, out_dir = args.input, args.out_dir
+    reader = inference.open_video(source)
+    predictor = load_predictor(cfg, args)
+    channels = count_input_channels(predictor.model)
+    if channels != 3:
+        raise UsageError(f'{args.config} takes images of {channels} channels, videos have 3')
+    steps = inference.annotate_video(predictor, reader, source.name, out_dir, args.batch_size)
+    done = sum(1 for _ in track(steps, 'Inference', reader.frame_cnt or None, console=SCREEN))
     print(f'{done} frames in {out_dir / DRAWINGS}, predictions in {out_dir / PREDICTIONS}')
 
 
@@ -101,27 +97,20 @@ def main(argv: Optional[List[str]] = None) -> int:
     if args.batch_size < 1:
         raise UsageError(f'--batch-size must be at least 1, got {args.batch_size}')
     cfg = cli.load_config(args.config, args.cfg_options)
-    source = Path(args.input)
-    check_folders(source, Path(args.out_dir))
-    device = cli.checked_device(args.device)
-
-    def build() -> Predictor:
-        checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
-        try:
-            predictor = inference.build_predictor(
-                cfg, checkpoint, args.checkpoint, device, args.score_thr, args.deploy
-            )
-        except ValueError as error:
-            raise UsageError(f'{args.config}: {error}') from error
-        if predictor.classes:
-            with complete_file(Path(args.out_dir) / CLASSES) as file:
-                file.write_text(json.dumps(list(predictor.classes)))
-        print(f'{args.checkpoint}: loaded, predicting on {device}', file=sys.stderr)
-        return predictor
-
-    video = source.is_file() and source.name.lower().endswith(inference.VIDEO_SUFFIXES)
+    if not args.input.exists():
+        raise UsageError(f'input {str(args.input)!r} not found')
+    path, out = args.input.resolve(), args.out_dir.resolve()
+    if path == out or any(path.is_relative_to(out / name) for name in (DRAWINGS, PREDICTIONS)):
+        raise UsageError(
+            f'input {str(args.input)!r} is --out-dir {str(args.out_dir)!r} itself, or lies in its '
+            f'{DRAWINGS!r} or {PREDICTIONS!r}, where results go: name another --out-dir'
+        )
+    args.device = cli.checked_device(args.device)
+    video = args.input.is_file() and args.input.name.lower().endswith(inference.VIDEO_SUFFIXES)
     try:
-        (infer_video if video else infer_pictures)(build, source, args)
+        (infer_video if video else infer_pictures)(cfg, args)
+    except inference.UnreadableError as error:
+        raise UsageError(f'video {str(args.input)!r}: {error}') from error
     except OSError as error:
         raise UsageError(str(error)) from error  # names the file
     return 0

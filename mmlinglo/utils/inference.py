@@ -11,22 +11,9 @@ import io
 import json
 import math
 import os
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 from uuid import uuid4
 
 import cv2
@@ -35,10 +22,8 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.device import get_device
 from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS, DefaultScope
 from PIL import Image, UnidentifiedImageError
-from torch import nn
 
 from mmlinglo.checkpoint import load_model_weights
 
@@ -48,6 +33,12 @@ from .files import complete_file
 PICTURE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 DRAWINGS, PREDICTIONS = 'vis', 'preds'  # folders, named as by mmdet's inferencer
+# What each toolbox draws with. The picture behind a segmentor's labels stays visible.
+VISUALIZER: Dict[str, dict] = dict(
+    mmdet=dict(type='DetLocalVisualizer'),
+    mmpretrain=dict(type='UniversalVisualizer'),
+    mmseg=dict(type='SegLocalVisualizer', alpha=0.5),
+)
 
 
 class UnreadableError(ValueError):
@@ -86,7 +77,7 @@ class InputPipeline:
                 'the config has no test_dataloader.dataset.pipeline, which prepares the images'
             )
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            self.transforms: List[Callable] = [
+            self.transforms = [
                 TRANSFORMS.build(step)
                 for step in copy.deepcopy(dataset['pipeline'])
                 if 'Annotation' not in getattr(step['type'], '__name__', step['type'])
@@ -129,21 +120,64 @@ class InputPipeline:
         return Sample(image, results)
 
 
-@dataclass
 class Predictor:
-    """A model with its test pipeline and its way to draw.
+    """The model of an experiment, with its test pipeline and its way to draw.
 
     Args:
+        cfg: The experiment's config.
+        checkpoint: What :func:`~mmlinglo.utils.load_checkpoint_file` returned.
+        source: Name of the checkpoint for messages.
+        device: Such as ``'cpu'`` or ``'cuda:0'``.
+        score_thr: Score above which boxes and masks are drawn; the results hold all.
+        deploy: Whether to re-parameterise the model.
+
+    Attributes:
         model: In evaluation mode.
         load: Prepares a file, or an image (H, W, 3) of uint8, BGR; see :class:`InputPipeline`.
         classes: Names of the classes, if they are known.
-        describe: Makes a :class:`Prediction` of an image (H, W, 3), RGB, and a data sample.
+
+    Raises:
+        CheckpointError: If the weights are another model's.
+        ValueError: If the config is of no toolbox or has no test pipeline, a segmentor's
+            classes have no names, or nothing can be re-parameterised.
     """
 
-    model: nn.Module
-    load: Callable[[Union[Path, np.ndarray]], Sample]
-    classes: Any
-    describe: Callable[[np.ndarray, Any], Prediction]
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: dict,
+        source: str,
+        device: str,
+        score_thr: float = 0.3,
+        deploy: bool = False,
+    ) -> None:
+        scope = cfg.default_scope
+        if scope not in VISUALIZER:
+            raise ValueError(f'default_scope must be one of {sorted(VISUALIZER)}, got {scope!r}')
+        self.load = InputPipeline(cfg)
+        self.model = build_model(cfg).eval()
+        if deploy and not any(hasattr(part, 'switch_to_deploy') for part in self.model.modules()):
+            raise ValueError(
+                'the model has no part that can be re-parameterised: leave out --deploy'
+            )
+        load_model_weights(self.model, checkpoint, source)
+        self.classes, palette = class_names(cfg, checkpoint)
+        if scope == 'mmseg' and not self.classes:
+            raise ValueError(
+                f'neither {source!r} nor the config names the classes: '
+                'set test_dataloader.dataset.metainfo'
+            )
+        if deploy:
+            switch_to_deploy(self.model)
+        self.model.to(device)
+        self.score_thr = score_thr
+        describe = dict(mmdet=self._detections, mmpretrain=self._class, mmseg=self._segments)
+        self.describe = describe[scope]
+        settings = dict(VISUALIZER[scope], **(cfg.get('visualizer') or {}))
+        # mmengine has one visualizer of each name, which other predictors of this process may use
+        settings.update(vis_backends=None, save_dir=None, name=uuid4().hex)
+        self.visualizer = VISUALIZERS.build(settings)
+        self.visualizer.dataset_meta = dict(classes=self.classes, palette=palette)
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> List[Prediction]:
@@ -154,110 +188,42 @@ class Predictor:
             for sample, output in zip(samples, outputs)
         ]
 
-
-def build_predictor(
-    cfg: Config,
-    checkpoint: dict,
-    source: str,
-    device: Optional[str] = None,
-    score_thr: float = 0.3,
-    deploy: bool = False,
-) -> Predictor:
-    """Build the model of an experiment and all that it needs to predict.
-
-    Args:
-        cfg: The experiment's config.
-        checkpoint: What :func:`~mmlinglo.utils.load_checkpoint_file` returned.
-        source: Name of the checkpoint for messages.
-        device: Such as ``'cpu'`` or ``'cuda:0'``; None for the first accelerator, else the CPU.
-        score_thr: Score above which boxes and masks are drawn; the results hold all.
-        deploy: Whether to re-parameterise the model.
-
-    Raises:
-        CheckpointError: If the weights are another model's.
-        ValueError: If the config is of no toolbox or has no test pipeline, a segmentor's
-            classes have no names, or nothing can be re-parameterised.
-    """
-    if cfg.default_scope not in TOOLBOXES:
-        raise ValueError(
-            f'default_scope must be one of {sorted(TOOLBOXES)}, got {cfg.default_scope!r}'
+    def _detections(self, image: np.ndarray, sample: Any) -> Prediction:
+        self.visualizer.add_datasample(
+            '', image, sample, draw_gt=False, pred_score_thr=self.score_thr
         )
-    pipeline = InputPipeline(cfg)
-    model = build_model(cfg).eval()
-    if deploy and not any(hasattr(module, 'switch_to_deploy') for module in model.modules()):
-        raise ValueError('the model has no part that can be re-parameterised: leave out --deploy')
-    load_model_weights(model, checkpoint, source)
-    classes, palette = class_names(cfg, checkpoint)
-    if cfg.default_scope == 'mmseg' and not classes:
-        raise ValueError(
-            f'neither {source!r} nor the config names the classes: '
-            'set test_dataloader.dataset.metainfo'
-        )
-    if deploy:
-        switch_to_deploy(model)
-    default, describe = TOOLBOXES[cfg.default_scope]
-    settings: Dict[str, Any] = {**default, **(cfg.get('visualizer') or {})}
-    for key in ('vis_backends', 'save_dir'):
-        settings.pop(key, None)
-    # mmengine has one visualizer of each name, which other predictors of this process may use
-    visualizer = VISUALIZERS.build(dict(settings, name=uuid4().hex))
-    visualizer.dataset_meta = dict(classes=classes, palette=palette)
-    return Predictor(
-        model.to(device or get_device()),
-        pipeline,
-        classes,
-        lambda image, sample: describe(image, sample, visualizer, classes, score_thr),
-    )
+        found = sample.pred_instances
+        result = {key: found[key].tolist() for key in ('labels', 'scores', 'bboxes')}
+        if self.classes:
+            result['label_names'] = [self.classes[label] for label in result['labels']]
+        if 'masks' in found:
+            from mmdet.structures.mask import encode_mask_results
 
+            result['masks'] = encode_mask_results(found.masks)
+            for mask in result['masks']:
+                mask['counts'] = mask['counts'].decode()
+        return Prediction(result, self.visualizer.get_image()[..., ::-1])
 
-def _detections(
-    image: np.ndarray, sample: Any, visualizer: Any, classes: Any, score_thr: float
-) -> Prediction:
-    visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=score_thr)
-    found = sample.pred_instances
-    result = {key: found[key].tolist() for key in ('labels', 'scores', 'bboxes')}
-    if classes:
-        result['label_names'] = [classes[label] for label in result['labels']]
-    if 'masks' in found:
-        from mmdet.structures.mask import encode_mask_results
+    def _segments(self, image: np.ndarray, sample: Any) -> Prediction:
+        # mmseg's own sorts all pixels in Python, which takes seconds for each large picture.
+        self.visualizer._get_center_loc = centre_of_largest_row
+        self.visualizer.add_datasample('', image, sample, draw_gt=False)
+        labels = sample.pred_sem_seg.data[0].numpy()
+        labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
+        found = [
+            dict(label=int(label), name=self.classes[label], share=round(count / labels.size, 6))
+            for label, count in zip(*np.unique(labels, return_counts=True))
+        ]
+        return Prediction(dict(classes=found), self.visualizer.get_image()[..., ::-1], labels)
 
-        result['masks'] = encode_mask_results(found.masks)
-        for mask in result['masks']:
-            mask['counts'] = mask['counts'].decode()
-    return Prediction(result, visualizer.get_image()[..., ::-1])
-
-
-def _segments(
-    image: np.ndarray, sample: Any, visualizer: Any, classes: Any, _score_thr: float
-) -> Prediction:
-    # mmseg's own sorts all pixels in Python, which takes seconds for each large picture.
-    visualizer._get_center_loc = centre_of_largest_row
-    visualizer.add_datasample('', image, sample, draw_gt=False)
-    labels = sample.pred_sem_seg.data[0].numpy()
-    labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
-    found = [
-        dict(label=int(label), name=classes[label], share=round(count / labels.size, 6))
-        for label, count in zip(*np.unique(labels, return_counts=True))
-    ]
-    return Prediction(dict(classes=found), visualizer.get_image()[..., ::-1], labels)
-
-
-def _class(
-    image: np.ndarray, sample: Any, visualizer: Any, classes: Any, _score_thr: float
-) -> Prediction:
-    drawing = visualizer.visualize_cls(image, sample, classes=classes, draw_gt=False)
-    scores, label = sample.pred_score, int(sample.pred_score.argmax())
-    result = dict(pred_scores=scores.tolist(), pred_label=label, pred_score=float(scores[label]))
-    if classes:
-        result['pred_class'] = classes[label]
-    return Prediction(result, drawing[..., ::-1])
-
-
-TOOLBOXES: Dict[str, Tuple[Dict[str, Any], Callable]] = dict(  # how each draws and describes
-    mmdet=(dict(type='DetLocalVisualizer'), _detections),
-    mmpretrain=(dict(type='UniversalVisualizer'), _class),
-    mmseg=(dict(type='SegLocalVisualizer', alpha=0.5), _segments),  # the picture stays visible
-)
+    def _class(self, image: np.ndarray, sample: Any) -> Prediction:
+        drawing = self.visualizer.visualize_cls(image, sample, draw_gt=False)
+        label = int(sample.pred_score.argmax())
+        scores = sample.pred_score.tolist()
+        result = dict(pred_scores=scores, pred_label=label, pred_score=scores[label])
+        if self.classes:
+            result['pred_class'] = self.classes[label]
+        return Prediction(result, drawing[..., ::-1])
 
 
 def class_names(cfg: Config, checkpoint: dict) -> Tuple[Optional[Sequence[str]], list]:
@@ -387,22 +353,17 @@ def _annotate_batch(
     except Exception as error:  # any: the other pictures are to be done
         if len(batch) == 1:
             yield batch[0][0], _describe(error)
-            return
-        for item in batch:
-            yield from _annotate_batch(predictor, [item], out_dir)
+        else:
+            for item in batch:
+                yield from _annotate_batch(predictor, [item], out_dir)
         return
     for (name, sample), prediction in zip(batch, predictions):
-        # beside the JSON file, by which sub-folders do not matter
-        label_image = out_dir / PREDICTIONS / f'{name}.png'
-        record = dict(
-            input=name, **_record(sample.image, prediction, label_image, label_image.name)
-        )
-        with complete_file(out_dir / PREDICTIONS / f'{name}.json') as file:
-            file.write_text(json.dumps(record))
-        is_picture = name.lower().endswith(PICTURE_SUFFIXES)
-        _write_image(
-            out_dir / DRAWINGS / (name if is_picture else f'{name}.jpg'), prediction.drawing
-        )
+        result = out_dir / PREDICTIONS / f'{name}.json'
+        record = _record(sample.image, prediction, result.parent, f'{result.stem}.png')
+        with complete_file(result) as file:
+            file.write_text(json.dumps(dict(input=name, **record)))
+        drawing = name if name.lower().endswith(PICTURE_SUFFIXES) else f'{name}.jpg'
+        _write_image(out_dir / DRAWINGS / drawing, prediction.drawing)
         yield name, None
 
 
@@ -453,11 +414,10 @@ def annotate_video(
                             f'OpenCV writes no video of {size[0]} x {size[1]}; opencv-python has '
                             'FFmpeg inside, which is needed'
                         )
-                    file = f'{name}/{done:06d}.png'
-                    record = dict(frame=done, time=round(done / rate, 6))
-                    record.update(_record(batch[0], prediction, predictions / file, file))
-                    stream.write(json.dumps(record) + '\n')
-                    writer.write(np.ascontiguousarray(prediction.drawing))
+                    record = _record(batch[0], prediction, predictions, f'{name}/{done:06d}.png')
+                    when = dict(frame=done, time=round(done / rate, 6))
+                    stream.write(json.dumps({**when, **record}) + '\n')
+                    writer.write(prediction.drawing)
                     yield done
                     done += 1
         finally:
@@ -478,11 +438,11 @@ def centre_of_largest_row(mask: np.ndarray) -> np.ndarray:
     return np.array([columns[len(columns) // 2], row])
 
 
-def _record(image: np.ndarray, prediction: Prediction, label_image: Path, name: str) -> dict:
-    """Entries of the JSON; writes the label image if there is one."""
+def _record(image: np.ndarray, prediction: Prediction, folder: Path, name: str) -> dict:
+    """Entries of a JSON file in ``folder``; writes the label image ``name`` there if there is one."""
     record = dict(height=image.shape[0], width=image.shape[1], **prediction.result)
     if prediction.labels is not None:
-        _write_image(label_image, prediction.labels)
+        _write_image(folder / name, prediction.labels)
         record['label_image'] = name
     return record
 
@@ -494,4 +454,4 @@ def _describe(error: Exception) -> str:
 
 def _write_image(path: Path, image: np.ndarray) -> None:
     with complete_file(path) as file:
-        mmcv.imwrite(np.ascontiguousarray(image), str(file))
+        mmcv.imwrite(image, str(file))

@@ -100,7 +100,9 @@ class PVTv2Init:
         steps: Gradient steps for each fitted layer.
 
     Raises:
-        ValueError: If there are too few images.
+        ValueError: If ``num_images`` is below 2.
+        CheckpointError: When it is called, if the checkpoint is unreadable or another model's, the backbone is a
+            variant that cannot start from PVTv2, or the images cannot be read.
     """
 
     checkpoint: str
@@ -113,6 +115,12 @@ class PVTv2Init:
             raise ValueError(f'num_images must be at least 2, got {self.num_images}')
 
     def __call__(self, linglo: LinGlo) -> None:
+        try:
+            self._initialize(linglo)
+        except ValueError as error:
+            raise CheckpointError(f'{type(self).__name__}: {error}') from error
+
+    def _initialize(self, linglo: LinGlo) -> None:
         weights, _ = timm_weights(load_checkpoint_file(self.checkpoint), self.checkpoint)
         pvtv2 = load_pvtv2(weights, linglo.arch, self.checkpoint)
         device = next(linglo.parameters()).device
@@ -148,22 +156,26 @@ def read_images(folder: Union[str, Path], count: int, size: int = 224) -> Tensor
         Images (B, 3, ``size``, ``size``).
 
     Raises:
-        ValueError: If there are fewer than 2 images.
+        ValueError: If there are fewer than 2 images, or one of them is damaged.
     """
     suffixes = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
     paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in suffixes)
     if len(paths) < 2:
         raise ValueError(f'{str(folder)!r} holds {len(paths)} images, at least 2 are needed')
+    mean, spread = np.array([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
     images = []
     for index in np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int):
-        image = mmcv.imread(paths[index], channel_order='rgb')
+        image = mmcv.imread(paths[index])
+        if image is None:
+            raise ValueError(
+                f'{str(paths[index])!r} is no image that can be read: remove or replace it'
+            )
         scale = size * 8 / 7 / min(image.shape[:2])
-        width, height = (max(size, round(side * scale)) for side in image.shape[1::-1])
-        image = mmcv.imresize(image, (width, height), interpolation='bicubic')
-        top, left = (height - size) // 2, (width - size) // 2
-        images.append(torch.from_numpy(image[top : top + size, left : left + size].copy()))
-    mean, spread = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
-    return ((torch.stack(images) - mean) / spread).permute(0, 3, 1, 2)
+        image = mmcv.imrescale(image, scale, interpolation='bicubic')
+        top, left = ((side - size) // 2 for side in image.shape[:2])
+        image = image[top : top + size, left : left + size]
+        images.append(mmcv.imnormalize(image, mean, spread, to_rgb=True))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def make_noise(count: int, size: int = 224) -> Tensor:
@@ -194,8 +206,7 @@ def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weigh
         of the classifier's linear layer, or None if there is no such layer.
 
     Raises:
-        CheckpointError: If there is no PVTv2 in the file.
-        ModuleNotFoundError: If timm is missing.
+        CheckpointError: If there is no PVTv2 in the file, or timm is missing.
     """
     weights = find_state_dict(checkpoint)
     found = [
@@ -237,8 +248,8 @@ def _import_timm() -> ModuleType:
     try:
         import timm.models.pvt_v2  # needed here only
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'PVTv2 itself comes from timm, which is missing: pip install timm', name='timm'
+        raise CheckpointError(
+            'PVTv2 itself comes from timm, which is missing: pip install timm'
         ) from error
     return timm.models.pvt_v2
 
@@ -252,8 +263,7 @@ def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
         source: Name for the error message.
 
     Raises:
-        CheckpointError: If the weights are of another size or model.
-        ModuleNotFoundError: If timm is missing.
+        CheckpointError: If the weights are of another size or model, or timm is missing.
     """
     depths = PVTV2_DEPTHS.get(arch['depths'], arch['depths'])
     model = _import_timm().PyramidVisionTransformerV2(
@@ -443,6 +453,7 @@ def _on_tokens(layer: Layer, x: Tensor) -> Tensor:
 
 def _check_variant(linglo: LinGlo) -> None:
     wrong = {
+        'in_channels': linglo.in_channels != 3,
         'attention': linglo.attention != 'key_only',
         'pos_encoding': linglo.pos_encoding not in ENCODINGS,
         'layout': 'C' in linglo.layout,
@@ -454,7 +465,7 @@ def _check_variant(linglo: LinGlo) -> None:
     }
     if any(wrong.values()):
         raise ValueError(
-            'to start from PVTv2, LinGlo needs key-only attention, a convolutional positional '
+            'to start from PVTv2, LinGlo needs images of 3 channels, key-only attention, a convolutional positional '
             'encoding with batch norms, overlapping patches, biases, no frozen stage, and its '
             f'training form; drop {", ".join(k for k, v in wrong.items() if v)} from the config'
         )

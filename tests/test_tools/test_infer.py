@@ -23,7 +23,6 @@ from mmlinglo.utils.inference import (
     UnreadableError,
     annotate_pictures,
     annotate_video,
-    build_predictor,
     centre_of_largest_row,
     list_files,
     open_video,
@@ -80,7 +79,7 @@ def predictor(experiment):
 
 def load_predictor(experiment, **settings) -> Predictor:
     _, config, checkpoint = experiment
-    return build_predictor(
+    return Predictor(
         Config.fromfile(config), torch.load(checkpoint), str(checkpoint), 'cpu', 0.0, **settings
     )
 
@@ -362,14 +361,14 @@ def test_unusual_pictures_are_read_as_colour(kind, tmp_path):
 def test_names_of_classes_come_from_the_config_if_the_checkpoint_has_none():
     cfg = tiny_config('segmentation')
     weights = dict(state_dict=build_model(cfg).state_dict())
-    predictor = build_predictor(cfg, weights, 'weights.pth', 'cpu')
+    predictor = Predictor(cfg, weights, 'weights.pth', 'cpu')
     found = predict(predictor, scene())[0].result['classes']
     names = ('background', *CLASSES)
     assert all(entry['name'] == names[entry['label']] for entry in found)
     for loader in (cfg.test_dataloader, cfg.val_dataloader):
         loader.dataset.pop('metainfo')
     with pytest.raises(ValueError, match=r"neither 'weights.pth' nor the config names the classes"):
-        build_predictor(cfg, weights, 'weights.pth', 'cpu')
+        Predictor(cfg, weights, 'weights.pth', 'cpu')
 
 
 def test_place_of_a_class_name_is_mmsegs():
@@ -509,7 +508,9 @@ def test_mistakes_in_the_arguments(experiment, tmp_path):
     ):
         if not source.exists():
             write(source if source.suffix else source / 'b.png', scene())
-        with pytest.raises(UsageError, match=r'is the input itself|lies in .* where results go'):
+        with pytest.raises(
+            UsageError, match=r'is --out-dir .* itself, or lies in .* where results go'
+        ):
             run_main(*model, source, '--out-dir', target)
     (tmp_path / 'file').touch()
     with pytest.raises(UsageError, match='file'):
@@ -539,6 +540,7 @@ def test_command_line(experiment, tmp_path):
     for _ in range(2):
         result = run_tool(*args, check=False)
         assert result.returncode == 1
+        assert f'{model[1]}: loaded, predicting on cpu' in result.stderr
         assert f'{folder}/sub/bad.jpg: skipped: the file is empty' in result.stderr
         assert result.stderr.splitlines()[-1] == ('error: 1 of 4 pictures skipped, see above')
         assert f'3 pictures in {out}/vis' in result.stdout

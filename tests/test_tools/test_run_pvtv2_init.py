@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, run_tool
+from conftest import ROOT, import_tool, run_tool
+
+from mmlinglo.utils.cli import UsageError
 
 pytestmark = pytest.mark.slow
 EXPERIMENT = 'tools/analysis_tools/run_pvtv2_init.py'
@@ -58,4 +60,20 @@ def test_conversion_of_another_model_writes_nothing(tmp_path):
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith('error: ')
     assert 'pvt.pth' in result.stderr.strip().splitlines()[-1]
+    assert os.listdir(tmp_path) == ['pvt.pth']
+
+
+@pytest.mark.parametrize(
+    ('folder', 'reason'), [('nowhere', 'No such file'), ('cifar10', 'specified classes')]
+)
+def test_conversion_without_the_training_images(folder, reason, cifar10, tmp_path):
+    """In no folder, or in one with other classes than the config's."""
+    timm = pytest.importorskip('timm')
+    torch.save(timm.create_model('pvt_v2_b0').state_dict(), tmp_path / 'pvt.pth')
+    config = ROOT / 'configs/imagenet/linglo-b0_pvtv2-init_8xb128-30e_in1k.py'
+    root = dict(nowhere=tmp_path / 'nowhere', cifar10=cifar10)[folder]
+    options = ['--cfg-options', f'train_dataloader.dataset.data_root={root}']
+    arguments = [config, tmp_path / 'pvt.pth', tmp_path / 'out.pth', *options]
+    with pytest.raises(UsageError, match=f'cannot be read .*{reason}.* name their folder with'):
+        import_tool(CONVERT).main([str(argument) for argument in arguments])
     assert os.listdir(tmp_path) == ['pvt.pth']

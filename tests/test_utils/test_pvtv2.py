@@ -2,6 +2,7 @@
 """LinGlo from PVTv2: other people's names, the same function where that can be, a close one elsewhere."""
 
 import re
+import sys
 
 import cv2
 import mmcv
@@ -133,6 +134,12 @@ def test_names_of_mmdet():
 def test_no_pvtv2():
     with pytest.raises(CheckpointError, match=r"'x.pth' holds no PVTv2.*conv1.weight"):
         timm_weights({'conv1.weight': torch.zeros(1)}, 'x.pth')
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm.models.pvt_v2', None)
+    with pytest.raises(CheckpointError, match='timm, which is missing: pip install timm'):
+        timm_weights({'patch_embed.proj.weight': torch.zeros(1)}, 'x.pth')
 
 
 @pytest.mark.parametrize(
@@ -307,6 +314,21 @@ def test_init_cfg_of_another_size_or_without_pictures(pictures, tmp_path):
         read_images(pictures / 'none', 8)
 
 
+def test_init_cfg_with_what_it_cannot_use(tmp_path):
+    file = tmp_path / 'pvt.pth'
+    torch.save(timm_model().state_dict(), file)
+    settings = dict(type='mmlinglo.PVTv2Init', checkpoint=str(file), images=str(tmp_path))
+    with pytest.raises(CheckpointError, match='PVTv2Init: .* holds 0 images, at least 2'):
+        LinGlo(arch=ARCH, init_cfg=settings).init_weights()
+    for name in 'ab':
+        (tmp_path / f'{name}.png').write_bytes(b'damaged')
+    with pytest.raises(CheckpointError, match=r"a\.png' is no image that can be read"):
+        LinGlo(arch=ARCH, init_cfg=settings).init_weights()
+    del settings['images']
+    with pytest.raises(CheckpointError, match='drop in_channels from the config'):
+        LinGlo(arch=ARCH, in_channels=4, init_cfg=settings).init_weights()
+
+
 def test_images_are_those_of_classifiers(pictures):
     """As mmpretrain's test pipeline with the values of the ImageNet recipe makes them."""
     found = read_images(pictures, count=5, size=32)
@@ -376,6 +398,7 @@ def test_function_is_closer_than_without_fit_or_with_a_plain_copy(converted):
 @pytest.mark.parametrize(
     ('changes', 'name'),
     [
+        (dict(in_channels=4), 'in_channels'),
         (dict(attention='dot_product'), 'attention'),
         (dict(pos_encoding='absolute'), 'pos_encoding'),
         (dict(layout='C-H-H-H'), 'layout'),

@@ -12,28 +12,11 @@ from typing import List, Optional
 import torch
 
 import mmlinglo
-from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
+from mmlinglo.utils import CheckpointError, deploy, export, load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
-from mmlinglo.utils.deploy import (
-    build_model,
-    count_input_channels,
-    stop_masking_padding,
-    switch_to_deploy,
-)
-from mmlinglo.utils.export import (
-    OPSETS,
-    ExporterError,
-    Logits,
-    describe_preprocessing,
-    export_onnx,
-    relative_error,
-    run_onnx,
-)
 from mmlinglo.utils.files import complete_file
 
 TOLERANCE = 1e-4  # relative; float32 rounding gives about 1e-6
-# In pixels. For dynamic sizes, no feature map of the example may have a side of 1.
-SMALLEST = dict(fixed=32, dynamic=64)
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -45,12 +28,11 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add('--part', choices=['backbone', 'model'], default='backbone', help=text)
     size = dict(nargs=2, type=int, default=[224, 224], metavar=('H', 'W'))
     add('--shape', **size, help='image size; default: 224 224')
-    text = 'images per batch, without --dynamic; default: 1'
-    add('--batch-size', type=int, default=1, help=text)
+    add('--batch-size', type=int, default=1, help='images per batch, without --dynamic; default: 1')
     text = 'allow any number and size of images; --shape is an example'
     add('--dynamic', action='store_true', help=text)
     text = "version of the ONNX operators; default: the exporter's own"
-    add('--opset', type=int, choices=OPSETS, help=text)
+    add('--opset', type=int, choices=export.OPSETS, help=text)
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -72,23 +54,24 @@ def main(argv: Optional[List[str]] = None) -> int:
             f'--part model is for classifiers, but {args.config!r} belongs to {cfg.default_scope}: '
             'use --part backbone, or see docs/deployment.md for detectors and segmentors'
         )
-    smallest = SMALLEST['dynamic' if args.dynamic else 'fixed']
+    # For dynamic sizes, no feature map of the example may have a side of 1 pixel.
+    smallest = 64 if args.dynamic else 32
     if min(args.shape) < smallest or args.batch_size < 1:
         raise UsageError(
             f'--shape must be at least {smallest} {smallest} and --batch-size at least 1, '
             f'got {args.shape} and {args.batch_size}'
         )
 
-    model = build_model(cfg).eval()
+    model = deploy.build_model(cfg).eval()
     if args.checkpoint:
         checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
         load_model_weights(model, checkpoint, args.checkpoint)
-    stop_masking_padding(model)
-    part, names = Logits(model).eval(), ['logits']
+    deploy.stop_masking_padding(model)
+    part, names = export.Logits(model).eval(), ['logits']
     if args.part == 'backbone':
         part, names = model.backbone, [f'stage{i}' for i in model.backbone.out_indices]
     # The first batch has the size to export, the second one tests dynamic sizes.
-    channels, (height, width) = count_input_channels(model), args.shape
+    channels, (height, width) = deploy.count_input_channels(model), args.shape
     shapes = [(args.batch_size, channels, height, width)]
     if args.dynamic:
         shapes = [(2, channels, height, width), (1, channels, height + 45, width - 23)]
@@ -97,19 +80,22 @@ def main(argv: Optional[List[str]] = None) -> int:
         expected = [part(images) for images in batches]
         if args.part == 'model':
             expected = [(logits,) for logits in expected]
-        switch_to_deploy(model)
+        deploy.switch_to_deploy(model)
         metadata = dict(
-            describe_preprocessing(cfg),
+            export.describe_preprocessing(cfg),
             config=Path(args.config).name,
             weights=Path(args.checkpoint).name if args.checkpoint else 'random',
             mmlinglo_version=mmlinglo.__version__,
         )
         with complete_file(out) as file:
             try:
-                export_onnx(part, file, shapes[0], names, args.dynamic, args.opset, metadata)
-            except ExporterError as error:
+                export.export_onnx(part, file, shapes[0], names, args.dynamic, args.opset, metadata)
+            except export.ExporterError as error:
                 raise UsageError(str(error)) from error
-            errors = [relative_error(run_onnx(file, x), y) for x, y in zip(batches, expected)]
+            errors = [
+                export.relative_error(export.run_onnx(file, x), y)
+                for x, y in zip(batches, expected)
+            ]
             if not max(errors) <= TOLERANCE:
                 raise CheckpointError(
                     f'the ONNX file differs from PyTorch by {max(errors):.1e} of its largest '

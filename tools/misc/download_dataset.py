@@ -14,7 +14,8 @@ import zipfile
 from http.client import HTTPException
 from pathlib import Path
 from socket import timeout
-from typing import Callable, NamedTuple, Optional, Sequence
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, Optional, Sequence
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -68,13 +69,8 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def receive(file: File, part: Path, show: Callable[[int], None]) -> None:
-    """Ask the server once for what is missing of a file.
-
-    Args:
-        file: The file.
-        part: What is here of it, to continue; a server that cannot do so starts over.
-        show: Called with the number of bytes that are here.
+def receive(file: File, part: Path, bar: bars.Progress, task: bars.TaskID) -> None:
+    """Ask the server once for what is missing of a file. A server that cannot continue it starts over.
 
     Raises:
         UsageError: If the server has another file.
@@ -90,10 +86,9 @@ def receive(file: File, part: Path, show: Callable[[int], None]) -> None:
                 f'{file.url}: the server offers {size:,} bytes, expected {file.size:,}. Look in a '
                 f'browser whether a proxy or a login page is in between, and {AGAIN}'
             )
+        bar.update(task, completed=start)
         with part.open('ab' if start else 'wb') as out:
-            while block := response.read(BLOCK):
-                out.write(block)
-                show(out.tell())
+            shutil.copyfileobj(bar.wrap_file(response, task_id=task), out, BLOCK)
     if size_of(part) < file.size:
         raise ConnectionError('the connection was cut')
 
@@ -107,10 +102,10 @@ def download(file: File, part: Path) -> None:
     tries, furthest = 0, size_of(part)
     columns = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
     with bars.Progress('{task.description}', bars.BarColumn(), *columns, console=SCREEN) as bar:
-        task = bar.add_task(part.stem, total=file.size, completed=furthest)
+        task = bar.add_task(part.stem, total=file.size)
         while size_of(part) < file.size:
             try:
-                receive(file, part, lambda done: bar.update(task, completed=done))
+                receive(file, part, bar, task)
             except NETWORK_ERRORS as error:
                 reason = f'{file.url}: {str(error) or type(error).__name__}'
                 refused = isinstance(error, HTTPError) and error.code < 500 and error.code != 429
@@ -133,26 +128,23 @@ def check_sum(file: File, path: Path) -> None:
         while block := content.read(BLOCK):
             digest.update(block)
     if digest.hexdigest() != file.md5:
-        ours = path.suffix == '.part'
-        if ours:
+        remedy = 'Remove it and'
+        if path.suffix == '.part':
             path.unlink()
+            remedy = 'It is removed;'
         raise UsageError(
-            f'{path} has wrong bytes: md5 sum {digest.hexdigest()}, expected {file.md5}. '
-            f'{"It is removed;" if ours else "Remove it and"} run the same command again, which '
-            f'downloads {file.url} from the start'
+            f'{path} has wrong bytes: md5 sum {digest.hexdigest()}, expected {file.md5}. {remedy} '
+            f'run the same command again, which downloads {file.url} from the start'
         )
 
 
 def unpack(archive: Path, target: Path) -> None:
     """Unpack the folder ``target.name`` of a zip; ``target`` appears when it is complete."""
-    work = target.with_name(f'.{target.name}.unpacking')
-    try:
-        with zipfile.ZipFile(archive) as file:
-            for member in bars.track(file.infolist(), f'unpacking {archive.name}', console=SCREEN):
-                file.extract(member, work)  # drops from the name what leads out of `work`
-        (work / target.name).replace(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    temporary = TemporaryDirectory('.unpacking', '.', target.parent)
+    with temporary as work, zipfile.ZipFile(archive) as file:
+        for member in bars.track(file.infolist(), f'unpacking {archive.name}', console=SCREEN):
+            file.extract(member, work)  # drops from the name what leads out of `work`
+        Path(work, target.name).replace(target)
 
 
 def confirm(files: Sequence[File], root: Path, licence: str, yes: bool) -> bool:
@@ -188,23 +180,14 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Download and unpack what is missing of a data set.
-
-    Returns:
-        1 if the user does not agree, else 0.
-
-    Raises:
-        UsageError: If it cannot be downloaded or stored; says what to do.
-    """
     args = parse_args(argv)
     folder, licence, config, files = DATASETS[args.dataset]
     root, missing = Path(args.out).expanduser() / folder, []
     for stale in root.glob('.*.unpacking'):  # of a start that was killed
         shutil.rmtree(stale, ignore_errors=True)
     for file in files:
-        target = root / file.folder
-        if target.is_dir() and any(target.iterdir()):
-            print(f'{target} is there already: skipped')
+        if any((root / file.folder).glob('*')):
+            print(f'{root / file.folder} is there already: skipped')
         else:
             missing.append(file)
     try:

@@ -110,24 +110,14 @@ def encode(image: np.ndarray) -> bytes:
     return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
-def coco_annotation(index: int, image_id: int, shape: Shape) -> dict:
-    return dict(
-        id=index,
-        image_id=image_id,
-        category_id=shape.label + 1,
-        bbox=cv2.boundingRect(shape.mask.astype(np.uint8)),
-        area=int(shape.mask.sum()),
-        iscrowd=0,
-        segmentation=[shape.corners.round(1).ravel().tolist()],
-    )
-
-
 def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Generator) -> None:
-    coco, ade, imagenet = root / 'coco', root / 'ade', root / 'imagenet' / split
-    ade_split = {'train': 'training', 'val': 'validation'}[split]
-    pictures, masks = ade / 'images' / ade_split, ade / 'annotations' / ade_split
-    for folder in (coco / split, pictures, masks, *(imagenet / name for name in CLASSES)):
-        folder.mkdir(parents=True)
+    """Write the scenes of ``'train'`` or ``'val'`` in all three layouts."""
+    coco, imagenet = root / 'coco', root / 'imagenet' / split
+    ade_split = dict(train='training', val='validation')[split]
+    pictures, masks = (root / 'ade' / kind / ade_split for kind in ('images', 'annotations'))
+    folders = (coco / split, coco / 'annotations', pictures, masks)
+    for folder in (*folders, *(imagenet / name for name in CLASSES)):
+        folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for image_id in range(count):
         image, shapes = make_scene(rng, size)
@@ -136,19 +126,23 @@ def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Ge
         for folder in (coco / split, pictures, imagenet / CLASSES[shapes[0].label]):
             (folder / name).write_bytes(data)
         labels = np.full((size, size), BACKGROUND_LABEL, np.uint8)
+        images.append(dict(id=image_id, file_name=name, width=size, height=size))
         for shape in shapes:
             labels[shape.mask] = BACKGROUND_LABEL + 1 + shape.label
+            annotation = dict(
+                id=len(annotations) + 1,  # pycocotools takes a match with id 0 for none
+                image_id=image_id,
+                category_id=shape.label + 1,
+                bbox=cv2.boundingRect(shape.mask.astype(np.uint8)),
+                area=int(shape.mask.sum()),
+                iscrowd=0,
+                segmentation=[shape.corners.round(1).ravel().tolist()],
+            )
+            annotations.append(annotation)
         cv2.imwrite(str(masks / f'{image_id:06d}.png'), labels)
-        images.append(dict(id=image_id, file_name=name, width=size, height=size))
-        annotations += [
-            coco_annotation(len(annotations) + i, image_id, shape)
-            for i, shape in enumerate(shapes, 1)  # pycocotools takes a match with id 0 for none
-        ]
-    categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
-    (coco / 'annotations').mkdir(exist_ok=True)
-    (coco / 'annotations' / f'{split}.json').write_text(
-        json.dumps(dict(images=images, annotations=annotations, categories=categories))
-    )
+    categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (coco / 'annotations' / f'{split}.json').write_text(json.dumps(content))
 
 
 def write_demo(folder: Path, count: int, size: int, rng: np.random.Generator) -> None:

@@ -18,54 +18,27 @@ from typing import Dict, List, Optional
 import yaml
 from mmengine.config import Config
 
-from mmlinglo.analysis.complexity import Complexity, count_forms, image_shape, padded_shape
+from mmlinglo.analysis.complexity import count_forms, image_shape, padded_shape
 from mmlinglo.analysis.report import format_table
 from mmlinglo.utils.cli import UsageError, load_config, run
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
 
 ROOT = Path(__file__).resolve().parents[2]
-DATASETS = dict(imagenet='ImageNet-1k', coco='COCO', ade20k='ADE20K')
+# Folder in configs/: the data set, and the metric of each task.
 TASKS = dict(
-    imagenet={'Image Classification': 'Top 1 Accuracy'},
-    coco={'Object Detection': 'box AP', 'Instance Segmentation': 'mask AP'},
-    ade20k={'Semantic Segmentation': 'mIoU'},
+    imagenet=('ImageNet-1k', {'Image Classification': 'Top 1 Accuracy'}),
+    coco=('COCO', {'Object Detection': 'box AP', 'Instance Segmentation': 'mask AP'}),
+    ade20k=('ADE20K', {'Semantic Segmentation': 'mIoU'}),
 )
-HEADER = """\
-# Written by tools/misc/update_model_zoo.py; metrics, weights and the paper's claims are kept by hand.
-# Metrics are null: these models have not been trained by this project yet.
-# FLOPs are multiply-adds, as everywhere in OpenMMLab. They count the network as the paper writes it, not its rewritings.
-"""
 ZOO = ROOT / 'docs/model_zoo.md'
-COLUMNS = dict(
-    recipe='Recipe',
-    metric='Metric',
-    paper='Paper',
-    ours='Ours',
-    params='Parameters, training / deployed',
-    macs='Multiply-adds, training / deployed',
-    shape='Counted at',
-)
-
-_COUNTED: Dict[tuple, Dict[str, Complexity]] = {}
-
-
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    text = 'write nothing; fail if a file would change'
-    parser.add_argument('--check', action='store_true', help=text)
-    return parser.parse_args(argv)
 
 
 def counts(cfg: Config) -> Dict[str, object]:
     """Count the model of a config: the entries for its row in the metafile."""
     model = build_model(cfg).eval()
     shape = padded_shape(model, image_shape(cfg))
-    backbone = {k: v for k, v in cfg.model.backbone.items() if k not in ('init_cfg', 'with_cp')}
-    network = (str({**cfg.model, 'backbone': backbone}), shape)  # several recipes train the same
-    if network not in _COUNTED:
-        _COUNTED[network] = count_forms(model, shape)
-    training, deployed = _COUNTED[network].values()
+    training, deployed = count_forms(model, shape).values()
     return {
         'Parameters': training.params,
         'Deployed Parameters': deployed.params,
@@ -77,13 +50,13 @@ def counts(cfg: Config) -> Dict[str, object]:
 
 def updated_row(path: Path, old: dict) -> dict:
     """Make the row of a config. It keeps all other entries of the old row."""
-    task = path.parent.name
+    dataset, metrics = TASKS[path.parent.name]
     cfg = load_config(str(path))
     masks = 'mask_head' in cfg.model.get('roi_head', {}) or 'panoptic_head' in cfg.model
     results = [
-        dict(Task=name, Dataset=DATASETS[task], Metrics=None)
-        for name in TASKS[task]
-        if name != 'Instance Segmentation' or masks
+        dict(Task=task, Dataset=dataset, Metrics=None)
+        for task in metrics
+        if task != 'Instance Segmentation' or masks
     ]
     return {
         'Name': path.stem,
@@ -91,28 +64,33 @@ def updated_row(path: Path, old: dict) -> dict:
         'Config': path.relative_to(ROOT).as_posix(),
         'Results': results,
         **old,
-        'Metadata': {**old.get('Metadata', {}), 'Training Data': DATASETS[task], **counts(cfg)},
+        'Metadata': {**old.get('Metadata', {}), 'Training Data': dataset, **counts(cfg)},
     }
 
 
-def table(task: str, rows: List[dict], document: Path) -> str:
-    """Make the table of a task's rows. Its links are relative to the folder of ``document``."""
+def table(folder: str, rows: List[dict], document: Path) -> str:
+    """Make the table of the rows of a metafile. Its links are relative to the folder of ``document``."""
+
+    def join(values: List[Optional[float]], none: str) -> str:
+        return none if None in values else ' / '.join(f'{value:.1f}' for value in values)
+
     lines = []
     for row in rows:
         entries = row['Metadata']
-        metrics = {TASKS[task][each['Task']]: each['Metrics'] or {} for each in row['Results']}
-        lines.append(
-            dict(
-                recipe=f'[{row["Name"]}]({os.path.relpath(ROOT / row["Config"], document.parent)})',
-                metric=' / '.join(metrics),
-                paper=_join([entries.get(f'{metric} in the Paper') for metric in metrics], '-'),
-                ours=_join([v.get(k) for k, v in metrics.items()], 'not yet trained here'),
-                params=f'{_join_forms(entries, "Parameters", 1e6)} M',
-                macs=f'{_join_forms(entries, "FLOPs", 1e9)} G',
-                shape=entries['Counted at'],
-            )
-        )
-    return format_table(lines, COLUMNS)
+        metrics = {TASKS[folder][1][x['Task']]: x['Metrics'] or {} for x in row['Results']}
+        params = [entries[key] / 1e6 for key in ('Parameters', 'Deployed Parameters')]
+        macs = [entries[key] / 1e9 for key in ('FLOPs', 'Deployed FLOPs')]
+        line = {
+            'Recipe': f'[{row["Name"]}]({os.path.relpath(ROOT / row["Config"], document.parent)})',
+            'Metric': ' / '.join(metrics),
+            'Paper': join([entries.get(f'{metric} in the Paper') for metric in metrics], '-'),
+            'Ours': join([v.get(k) for k, v in metrics.items()], 'not yet trained here'),
+            'Parameters, training / deployed': '{:.2f} / {:.2f} M'.format(*params),
+            'Multiply-adds, training / deployed': '{:.2f} / {:.2f} G'.format(*macs),
+            'Counted at': entries['Counted at'],
+        }
+        lines.append(line)
+    return format_table(lines, list(lines[0]))
 
 
 def list_configs(folder: Path) -> str:
@@ -121,16 +99,8 @@ def list_configs(folder: Path) -> str:
     for path in sorted(folder.glob('*.py')):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ''
         summary = docstring.partition('\n')[0].replace('`', '')
-        lines.append(dict(config=f'[{path.stem}]({path.name})', summary=summary))
-    return format_table(lines, dict(config='Config', summary='What it is'))
-
-
-def _join(values: List[Optional[float]], none: str) -> str:
-    return none if None in values else ' / '.join(f'{value:.1f}' for value in values)
-
-
-def _join_forms(entries: dict, key: str, unit: float) -> str:
-    return ' / '.join(f'{entries[form + key] / unit:.2f}' for form in ('', 'Deployed '))
+        lines.append({'Config': f'[{path.stem}]({path.name})', 'What it is': summary})
+    return format_table(lines, list(lines[0]))
 
 
 def with_tables(document: Path, tables: Dict[str, str]) -> str:
@@ -147,24 +117,9 @@ def with_tables(document: Path, tables: Dict[str, str]) -> str:
     return text
 
 
-def changed_files() -> Dict[Path, str]:
-    """Find the files that are not up to date, and their new texts."""
-    texts, rows = {}, {}
-    for task in DATASETS:
-        path = ROOT / 'configs' / task / 'metafile.yml'
-        content = yaml.safe_load(path.read_text())
-        old = {row['Name']: row for row in content.get('Models') or []}
-        configs = sorted(path.parent.glob('*.py'))
-        rows[task] = [updated_row(config, old.get(config.stem, {})) for config in configs]
-        content['Models'] = rows[task]
-        texts[path] = HEADER + yaml.safe_dump(content, sort_keys=False, width=100)
-    texts.update(updated_documents(rows))
-    return {path: text for path, text in texts.items() if path.read_text() != text}
-
-
 def updated_documents(rows: Dict[str, List[dict]]) -> Dict[Path, str]:
-    """Make the new texts of all documents with tables, from the rows of each task's metafile."""
-    texts = {ZOO: with_tables(ZOO, {task: table(task, rows[task], ZOO) for task in DATASETS})}
+    """Make the new texts of all documents with tables, from the rows of each metafile."""
+    texts = {ZOO: with_tables(ZOO, {name: table(name, rows[name], ZOO) for name in rows})}
     for path in sorted((ROOT / 'configs').glob('[!_]*/README.md')):
         name = path.parent.name
         content = table(name, rows[name], path) if name in rows else list_configs(path.parent)
@@ -173,10 +128,24 @@ def updated_documents(rows: Dict[str, List[dict]]) -> Dict[Path, str]:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
-    changed = changed_files()
+    parser = argparse.ArgumentParser(description=__doc__)
+    text = 'write nothing; fail if a file would change'
+    parser.add_argument('--check', action='store_true', help=text)
+    check = parser.parse_args(argv).check
+    texts, rows = {}, {}
+    for folder in TASKS:
+        path = ROOT / 'configs' / folder / 'metafile.yml'
+        text = path.read_text()
+        comment, content = re.match('(#.*\n)*', text)[0], yaml.safe_load(text)
+        old = {row['Name']: row for row in content.get('Models') or []}
+        configs = sorted(path.parent.glob('*.py'))
+        rows[folder] = [updated_row(config, old.get(config.stem, {})) for config in configs]
+        content['Models'] = rows[folder]
+        texts[path] = comment + yaml.safe_dump(content, sort_keys=False, width=100)
+    texts.update(updated_documents(rows))
+    changed = {path: text for path, text in texts.items() if path.read_text() != text}
     names = ', '.join(path.relative_to(ROOT).as_posix() for path in changed)
-    if args.check and changed:
+    if check and changed:
         raise UsageError(f'not up to date: {names}. Run python {Path(sys.argv[0]).as_posix()}')
     for path, text in changed.items():
         with complete_file(path) as file:

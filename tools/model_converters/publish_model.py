@@ -35,8 +35,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add('--config', help="check that the weights fit this config's model, and store its text")
     text = 'override settings of --config, such as model.backbone.deploy=True'
     add('--cfg-options', nargs='+', action=DictAction, help=text)
-    text = 'write the safetensors format, which other programs read too'
-    add('--safetensors', action='store_true', help=text)
+    add('--safetensors', action='store_true', help='write safetensors, which other tools read too')
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -52,13 +51,11 @@ def to_plain(value: Any, name: str) -> Any:
         CheckpointError: If the value holds an object of another class.
     """
     if isinstance(value, dict):
-        return {
-            to_plain(key, f'{name}.{key}'): to_plain(item, f'{name}.{key}')
-            for key, item in value.items()
-        }
+        names = {key: f'{name}.{key}' for key in value}
+        return {to_plain(k, names[k]): to_plain(item, names[k]) for k, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [to_plain(item, f'{name}[{i}]') for i, item in enumerate(value)]
-        return tuple(items) if isinstance(value, tuple) else items
+        items = (to_plain(item, f'{name}[{i}]') for i, item in enumerate(value))
+        return tuple(items) if isinstance(value, tuple) else list(items)
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         return value.tolist()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -86,9 +83,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     out = Path(args.out)
     which, suffix = ('with', '.safetensors') if args.safetensors else ('without', '.pth')
     if out.suffix != suffix:
-        raise UsageError(
-            f'{which} --safetensors, the name of the file must end with {suffix}: {out}'
-        )
+        raise UsageError(f"{which} --safetensors, the file's name must end with {suffix}: {out}")
     if args.cfg_options is not None and args.config is None:
         raise UsageError('--cfg-options need --config')
     checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)

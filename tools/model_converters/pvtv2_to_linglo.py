@@ -8,7 +8,6 @@ LinGlo. mmlinglo/utils/pvtv2.py explains the method.
 """
 
 import argparse
-import importlib.util
 import itertools
 import math
 import re
@@ -17,23 +16,20 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 import torch
-from mmengine.config import Config
 from mmengine.runner import Runner, set_random_seed
-from torch import Tensor, nn
+from torch import Tensor
 
 import mmlinglo
-from mmlinglo import LinGlo
 from mmlinglo.analysis.report import at_least, format_table
-from mmlinglo.utils import load_checkpoint_file
-from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
+from mmlinglo.utils import cli, load_checkpoint_file
+from mmlinglo.utils.cli import UsageError
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
 from mmlinglo.utils.pvtv2 import ORIGINS, convert_pvtv2, load_pvtv2, timm_weights
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = config_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.config_parser(__doc__)
     add = parser.add_argument
     add('checkpoint', help="PVTv2's checkpoint, a file or a URL")
     add('out', help='file to write')
@@ -42,15 +38,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     text = 'gradient steps for each attention and down-sampling layer; default: %(default)s'
     add('--steps', type=at_least(0), default=200, help=text)
     add('--seed', type=int, default=0, help='default: %(default)s')
-    add_trust_argument(parser)
+    cli.add_trust_argument(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
-    if importlib.util.find_spec('timm') is None:
-        raise UsageError('PVTv2 itself comes from timm, which is missing: pip install timm')
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = cli.load_config(args.config, args.cfg_options)
     out = Path(args.out)
     if out.is_dir():
         raise UsageError(f'{args.out!r} is a folder: name a file')
@@ -60,7 +54,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     set_random_seed(args.seed)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model = build_model(cfg)
-    if not isinstance(model.backbone, LinGlo):
+    if not isinstance(model.backbone, mmlinglo.LinGlo):
         raise UsageError(
             f'the backbone of {args.config} must be a LinGlo, got {type(model.backbone).__name__}'
         )
@@ -70,7 +64,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
     weights, head = timm_weights(checkpoint, args.checkpoint)
     pvtv2 = load_pvtv2(weights, model.backbone.arch, args.checkpoint).to(device)
-    images = training_images(cfg, model, args.images, args.seed)
+    try:
+        loader = Runner.build_dataloader(cfg.train_dataloader, seed=args.seed)
+    except (AssertionError, FileNotFoundError) as error:  # not the classes, or nothing there
+        raise UsageError(
+            f'the training images of {cfg.filename!r} cannot be read ({error}): the conversion needs '
+            'some of them; name their folder with --cfg-options '
+            'train_dataloader.dataset.data_root=FOLDER'
+        ) from error
+    batches = itertools.islice(loader, max(2, math.ceil(args.images / loader.batch_size)))
+    images = [model.data_preprocessor(data, training=True)['inputs'] for data in batches]
     try:
         origins, differences = convert_pvtv2(pvtv2, model.backbone, images, args.steps)
     except ValueError as error:
@@ -78,11 +81,12 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     state = {f'backbone.{name}': value for name, value in model.backbone.state_dict().items()}
     origins = {f'backbone.{name}': origin for name, origin in origins.items()}
-    if takes_head(model, head):
+    layer = getattr(getattr(model, 'head', None), 'fc', None)
+    if head and layer is not None and layer.weight.shape == head['weight'].shape:
         taken = {f'head.fc.{name}': value for name, value in head.items()}
         state.update(taken)
         origins.update(dict.fromkeys(taken, 'taken'))
-    source = dict(source=str(args.checkpoint), images=sum(map(len, images)), steps=args.steps)
+    source = dict(source=args.checkpoint, images=sum(map(len, images)), steps=args.steps)
     source.update(seed=args.seed, origins=origins, differences=differences)
     meta = dict(cfg=cfg.pretty_text, mmlinglo_version=mmlinglo.__version__, pvtv2=source)
     with complete_file(out) as file:
@@ -95,26 +99,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         f"checkpoint='{out}', prefix='backbone.')"
     )
     return 0
-
-
-def training_images(cfg: Config, model: nn.Module, count: int, seed: int) -> List[Tensor]:
-    """Load batches as the model gets them in training."""
-    try:
-        loader = Runner.build_dataloader(cfg.train_dataloader, seed=seed)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f'the training images of {cfg.filename!r} cannot be read ({error}): the conversion needs '
-            'some of them; name their folder with --cfg-options '
-            'train_dataloader.dataset.data_root=FOLDER'
-        ) from error
-    batches = itertools.islice(loader, max(2, math.ceil(count / loader.batch_size)))
-    return [model.data_preprocessor(data, training=True)['inputs'] for data in batches]
-
-
-def takes_head(model: nn.Module, head: Optional[Dict[str, Tensor]]) -> bool:
-    """Whether the classifier's last layer has the shape of PVTv2's."""
-    layer = getattr(getattr(model, 'head', None), 'fc', None)
-    return head is not None and layer is not None and layer.weight.shape == head['weight'].shape
 
 
 def summary(state: Dict[str, Tensor], origins: Dict[str, str]) -> str:
@@ -133,4 +117,4 @@ def summary(state: Dict[str, Tensor], origins: Dict[str, str]) -> str:
 
 
 if __name__ == '__main__':
-    run(main)
+    cli.run(main)
