@@ -130,7 +130,7 @@ def encoding_problem(path: str) -> Optional[str]:
     except OSError:
         return None
     if start[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in start:
-        return 'the text is UTF-16: save it as UTF-8'
+        return 'the text is UTF-16 or UTF-32: save it as UTF-8'
     if start[:3] == b'\xef\xbb\xbf':
         return 'the text starts with a byte-order mark: save it as UTF-8 without one'
     return None

@@ -213,7 +213,7 @@ def test_two_annotations_of_one_object(experiment):
             'starts with a byte-order mark: save it as UTF-8 without',
             json.JSONDecodeError,
         ),
-        ('utf-16', 'is UTF-16: save it as UTF-8', UnicodeDecodeError),
+        ('utf-16', 'is UTF-16 or UTF-32: save it as UTF-8', UnicodeDecodeError),
     ],
 )
 def test_files_are_read_as_the_training_reads_them(experiment, encoding, problem, error):
@@ -233,7 +233,7 @@ def test_files_are_read_as_the_training_reads_them(experiment, encoding, problem
 def test_texts_without_a_mark_are_recognised(experiment, encoding):
     path = experiment.annotations / 'train.json'
     path.write_text(path.read_text(), encoding=encoding)
-    place = f'{path}: the text is UTF-16: save it as UTF-8'
+    place = f'{path}: the text is UTF-16 or UTF-32: save it as UTF-8'
     assert experiment.findings()['annotations-unreadable'].places == [place]
 
 

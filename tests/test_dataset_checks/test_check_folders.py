@@ -93,7 +93,10 @@ def test_annotation_file_of_class_numbers(experiment):
 @for_task('classification')
 @pytest.mark.parametrize(
     ('encoding', 'problem'),
-    [('utf-8-sig', 'starts with a byte-order mark'), ('utf-16', 'is UTF-16: save it as UTF-8')],
+    [
+        ('utf-8-sig', 'starts with a byte-order mark'),
+        ('utf-16', 'is UTF-16 or UTF-32: save it as UTF-8'),
+    ],
 )
 def test_annotation_file_in_another_encoding(experiment, encoding, problem):
     path = experiment.root / 'train.txt'

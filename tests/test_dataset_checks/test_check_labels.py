@@ -24,7 +24,10 @@ def test_missing_and_superfluous_label_images(experiment):
 @for_task('segmentation')
 @pytest.mark.parametrize(
     ('encoding', 'problem'),
-    [('utf-8-sig', 'starts with a byte-order mark'), ('utf-16', 'is UTF-16: save it as UTF-8')],
+    [
+        ('utf-8-sig', 'starts with a byte-order mark'),
+        ('utf-16', 'is UTF-16 or UTF-32: save it as UTF-8'),
+    ],
 )
 def test_list_of_pictures_in_another_encoding(experiment, encoding, problem):
     path = experiment.root / 'train.txt'

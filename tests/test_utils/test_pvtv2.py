@@ -318,7 +318,7 @@ def test_init_cfg_with_what_it_cannot_use(tmp_path):
     file = tmp_path / 'pvt.pth'
     torch.save(timm_model().state_dict(), file)
     settings = dict(type='mmlinglo.PVTv2Init', checkpoint=str(file), images=str(tmp_path))
-    with pytest.raises(CheckpointError, match='PVTv2Init: .* holds 0 images, at least 2'):
+    with pytest.raises(CheckpointError, match=r'PVTv2Init: .* holds 0 images, at least 2'):
         LinGlo(arch=ARCH, init_cfg=settings).init_weights()
     for name in 'ab':
         (tmp_path / f'{name}.png').write_bytes(b'damaged')
