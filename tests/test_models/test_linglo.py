@@ -1,5 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import copy
+import inspect
 import math
 import re
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import mmlinglo
 from mmlinglo import LinGlo
+from mmlinglo.models.network import LinGloNetwork
 
 STRIDES = (4, 8, 16, 32)
 
@@ -225,3 +227,25 @@ def test_fx_traces_the_network():
         expected = model(x)[3]
     assert maps['stages.2'].shape == (1, 4, 4, TINY_ARCH['embed_dims'][2])
     assert_close(maps['norm3'].permute(0, 3, 1, 2), expected)
+
+
+def test_defaults_of_the_plain_network_are_those_of_the_backbone():
+    plain, registered = (
+        {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+        for kind in (LinGloNetwork, LinGlo)
+    )
+    common = plain.keys() & registered.keys() - {'arch'}
+    assert len(common) == 9
+    assert {name: plain[name] for name in common} == {name: registered[name] for name in common}
+    assert LinGloNetwork().state_dict().keys() == LinGlo().state_dict().keys()
+
+
+def test_stages_of_stride_1_have_no_down_sampling_layer():
+    arch = dict(embed_dims=(16, 16, 32), depths=(1, 1, 1), num_heads=(1, 1, 2), mlp_ratio=(2, 2, 2))
+    model = LinGlo({**arch, 'strides': (4, 1, 2)}, out_indices=(0, 1, 2))
+    assert [stage.downsample is None for stage in model.stages] == [True, True, False]
+    assert [tuple(x.shape[1:]) for x in model.eval()(torch.rand(1, 3, 32, 48))] == [
+        (16, 8, 12),
+        (16, 8, 12),
+        (32, 4, 6),
+    ]

@@ -365,6 +365,16 @@ def test_the_switch_of_an_encoding_within_an_ffn_is_obeyed(monkeypatch):
     assert len(convolutions) == 4
 
 
+@pytest.mark.parametrize('name', ['mix', 'proj'])
+def test_attention_with_an_output_layer_without_a_bias(name):
+    module = attention()
+    setattr(module, name, nn.Linear(12, 12, bias=False))
+    x = torch.randn(2, 40, 12)
+    with mmlinglo.literal():
+        expected = module(x)
+    assert_close(module(x), expected)
+
+
 @pytest.mark.parametrize(
     'conv', [nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False), nn.Identity()]
 )
