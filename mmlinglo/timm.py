@@ -12,7 +12,7 @@ import torch
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor, contiguous_format, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlinglo.models.arch import ARCHS
@@ -25,10 +25,7 @@ default_cfgs = generate_default_cfgs({f'linglo_{arch}': SETTINGS for arch in ARC
 
 
 class LinGloClassifier(nn.Module):
-    """LinGlo, global pooling and a linear layer (Sec. 4.1), with the methods of timm's models.
-
-    ``network`` are further arguments of :class:`~mmlinglo.models.network.LinGloNetwork`.
-    """
+    """LinGlo, global pooling and a linear layer (Sec. 4.1), with the methods of timm's models."""
 
     def __init__(
         self,
@@ -38,7 +35,7 @@ class LinGloClassifier(nn.Module):
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        **network: Any,
+        **network: Any,  # further arguments of LinGloNetwork
     ) -> None:
         super().__init__()
         sizes = ARCHS[arch]
@@ -74,8 +71,9 @@ class LinGloClassifier(nn.Module):
         taken, last = feature_take_indices(len(self.feature_info), indices)
         maps = list(self._stage_maps(x, last + 1 if stop_early else None))
         final = self.backbone.norm3(maps[3]) if len(maps) == 4 else maps[-1]
-        chosen = [_to_nchw(final if norm and i == 3 else maps[i]) for i in taken]
-        return chosen if intermediates_only else (_to_nchw(final), chosen)
+        chosen = [final, *(final if norm and i == 3 else maps[i] for i in taken)]
+        nchw = [x.permute(0, 3, 1, 2).clone(memory_format=contiguous_format) for x in chosen]
+        return nchw[1:] if intermediates_only else (nchw[0], nchw[1:])
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
@@ -91,8 +89,7 @@ class LinGloClassifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the last map, (B, C, H / 32, W / 32)."""
-        *_, x = self._stage_maps(x)
-        return _to_nchw(self.backbone.norm3(x))
+        return self.forward_intermediates(x, 1)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map the last map to logits (B, num_classes), or to pooled features (B, C)."""
@@ -126,10 +123,6 @@ class LinGloClassifier(nn.Module):
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             x = checkpoint(stage, x, use_reentrant=False) if recompute else stage(x)
             yield x
-
-
-def _to_nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def filter_checkpoint(state: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:

@@ -48,8 +48,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
+    """Each test starts with the same random numbers, and leaves no variable behind, as a tool's ``main`` does."""
     torch.manual_seed(0)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def randomize_norms_(module: torch.nn.Module) -> torch.nn.Module:

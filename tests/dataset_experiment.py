@@ -133,8 +133,8 @@ def experiment(request, tmp_path):
     return Experiment(request.param, tmp_path)
 
 
-def for_task(task):
-    return pytest.mark.parametrize('experiment', [task], indirect=True, ids=[task])
+def for_task(*tasks):
+    return pytest.mark.parametrize('experiment', tasks, indirect=True)
 
 
 for_all = pytest.mark.parametrize('experiment', list(TEMPLATES), indirect=True)

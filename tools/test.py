@@ -7,15 +7,15 @@ from typing import Any, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
 
+from mmlinglo.engine import QuietRunner
 from mmlinglo.utils import load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, check_data_files, load_runner_config, run, runner_parser
 
 LABEL_WRITERS = ('IoUMetric', 'CityscapesMetric')  # metrics of mmseg that take output_dir
 
 
-class StrictRunner(Runner):
+class StrictRunner(QuietRunner):
     """Runner that loads the given checkpoint completely or not at all."""
 
     checkpoint: dict

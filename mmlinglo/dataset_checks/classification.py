@@ -11,7 +11,6 @@ from typing import Dict, List, Optional, Tuple
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, list_from_file
 
-from .coco import encoding_problem
 from .pictures import Opener, Picture, check_pictures, loading, other_pictures
 from .splits import Split, first_line
 
@@ -56,9 +55,7 @@ def read_list(split: Split) -> Optional[List[dict]]:
     if not osp.isfile(path):
         split.add('annotations-missing', path)
         return None
-    problem = encoding_problem(path)
-    if problem is not None:
-        split.add('annotations-unreadable', f'{path}: {problem}')
+    if not split.can_read(path):
         return None
     try:
         lines = list_from_file(path)

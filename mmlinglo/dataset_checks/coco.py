@@ -27,6 +27,8 @@ except ImportError as error:
     raise ImportError('checking data sets needs msgspec: pip install msgspec') from error
 from msgspec import Meta, ValidationError
 
+from .splits import encoding_problem
+
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Id = Union[Integer, float, str]
 Length = Union[Annotated[int, Meta(ge=1, le=2**31)], Annotated[float, Meta(gt=0)]]  # in pixels
@@ -120,20 +122,6 @@ def read(path: str, optional: Tuple[str, ...] = ()) -> Tuple[Coco, List[Tuple[st
 
 def _has_id(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get('id'), (int, float, str))
-
-
-def encoding_problem(path: str) -> Optional[str]:
-    """Explain why a text cannot be read although an editor shows it."""
-    try:
-        with open(path, 'rb') as file:
-            start = file.read(4)
-    except OSError:
-        return None
-    if start[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in start:
-        return 'the text is UTF-16 or UTF-32: save it as UTF-8'
-    if start[:3] == b'\xef\xbb\xbf':
-        return 'the text starts with a byte-order mark: save it as UTF-8 without one'
-    return None
 
 
 def _convert(

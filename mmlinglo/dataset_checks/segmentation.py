@@ -16,7 +16,6 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 
-from .coco import encoding_problem
 from .pictures import (
     Opener,
     Picture,
@@ -136,9 +135,7 @@ def find_pairs(split: Split) -> List[Pair]:
     if dataset.ann_file and not osp.exists(dataset.ann_file):
         split.add('annotations-missing', dataset.ann_file)
         return []
-    problem = encoding_problem(dataset.ann_file) if dataset.ann_file else None
-    if problem is not None:
-        split.add('annotations-unreadable', f'{dataset.ann_file}: {problem}')
+    if dataset.ann_file and not split.can_read(dataset.ann_file):
         return []
     if missing or folders[0] is None:
         return []

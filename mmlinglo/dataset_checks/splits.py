@@ -62,6 +62,13 @@ class Split:
             self.add('data-prefix', f'data_prefix = {self.cfg.get("data_prefix")} has no {key!r}')
         return folder
 
+    def can_read(self, path: str) -> bool:
+        """Whether a list is in UTF-8, as the training reads it. If not, report this."""
+        problem = encoding_problem(path)
+        if problem is not None:
+            self.add('annotations-unreadable', f'{path}: {problem}')
+        return problem is None
+
     def load(self, check: str) -> Optional[List[dict]]:
         """Load the samples of the data set. If this fails, report it and return None."""
         try:
@@ -111,6 +118,20 @@ def find_splits(cfg: Config, report: Report) -> List[Split]:
             classes = dataset.metainfo.get('classes')
             splits.append(Split(name, loader, leaf, evaluators, dataset, classes, report))
     return splits
+
+
+def encoding_problem(path: str) -> Optional[str]:
+    """Explain why a text cannot be read although an editor shows it."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(4)
+    except OSError:
+        return None
+    if start[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in start:
+        return 'the text is UTF-16 or UTF-32: save it as UTF-8'
+    if start[:3] == b'\xef\xbb\xbf':
+        return 'the text starts with a byte-order mark: save it as UTF-8 without one'
+    return None
 
 
 def first_line(error: Exception) -> str:

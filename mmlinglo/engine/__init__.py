@@ -7,7 +7,7 @@ from .non_finite_loss_hook import NonFiniteLossHook
 from .picture_errors_hook import PictureErrorsHook
 from .progress_hook import ProgressHook
 from .reseed_hook import ReseedHook
-from .runner import TrainingRunner, fit_schedulers
+from .runner import QuietRunner, TrainingRunner, fit_schedulers
 from .safe_checkpoint_hook import SafeCheckpointHook
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     'NonFiniteLossHook',
     'PictureErrorsHook',
     'ProgressHook',
+    'QuietRunner',
     'ReseedHook',
     'SafeCheckpointHook',
     'TrainingError',

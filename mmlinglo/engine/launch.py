@@ -3,7 +3,9 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Iterator
 
 import torch
 from mmengine.config import Config
@@ -23,7 +25,8 @@ def prepare_cpu_distributed(cfg: Config) -> None:
     """
     if not torch.distributed.is_initialized():
         seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout', 1800)
-        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
+        with hide_native_output(1, 2):  # gloo tells of each connection
+            torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
     cfg.model_wrapper_cfg = dict(
         type='MMDistributedDataParallel',
         device_ids=None,
@@ -32,6 +35,26 @@ def prepare_cpu_distributed(cfg: Config) -> None:
     )
     cfg.pop('sync_bn', None)
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmlinglo.AverageBuffersHook')]
+
+
+@contextmanager
+def hide_native_output(*descriptors: int) -> Iterator[None]:
+    """Hide what C++ code and other programs write.
+
+    Args:
+        descriptors: 1 for the standard output of this process, 2 for its standard error.
+    """
+    kept = {descriptor: os.dup(descriptor) for descriptor in descriptors}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for descriptor in descriptors:
+            os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def end_with_torchrun() -> None:

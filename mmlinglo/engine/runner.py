@@ -11,11 +11,21 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmlinglo.checkpoint import check_resumable
 
+from .launch import hide_native_output
+
 WARM_UPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
 
 
-class TrainingRunner(Runner):
-    """mmengine's Runner, with strict resuming and schedules that fit short trainings.
+class QuietRunner(Runner):
+    """mmengine's Runner, without the shell's complaint if the C compiler that it looks for is missing."""
+
+    def _log_env(self, env_cfg: dict) -> None:
+        with hide_native_output(2):
+            super()._log_env(env_cfg)
+
+
+class TrainingRunner(QuietRunner):
+    """The Runner with strict resuming and schedules that fit short trainings.
 
     - It refuses to resume from a checkpoint of another model, or of an optimizer with other
       parameter groups, before it loads anything.

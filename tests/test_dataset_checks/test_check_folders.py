@@ -90,7 +90,7 @@ def test_annotation_file_of_class_numbers(experiment):
     assert found['picture-missing'].places == [f'{experiment.root}/val/dog/9.jpg']
 
 
-@for_task('classification')
+@for_task('classification', 'segmentation')
 @pytest.mark.parametrize(
     ('encoding', 'problem'),
     [
@@ -98,7 +98,7 @@ def test_annotation_file_of_class_numbers(experiment):
         ('utf-16', 'is UTF-16 or UTF-32: save it as UTF-8'),
     ],
 )
-def test_annotation_file_in_another_encoding(experiment, encoding, problem):
+def test_lists_in_another_encoding(experiment, encoding, problem):
     path = experiment.root / 'train.txt'
     path.write_text('cat/0.jpg 0\ndog/0.jpg 1\n', encoding=encoding)
     experiment.cfg.train_dataloader.dataset.ann_file = 'train.txt'

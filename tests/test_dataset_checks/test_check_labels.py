@@ -22,23 +22,6 @@ def test_missing_and_superfluous_label_images(experiment):
 
 
 @for_task('segmentation')
-@pytest.mark.parametrize(
-    ('encoding', 'problem'),
-    [
-        ('utf-8-sig', 'starts with a byte-order mark'),
-        ('utf-16', 'is UTF-16 or UTF-32: save it as UTF-8'),
-    ],
-)
-def test_list_of_pictures_in_another_encoding(experiment, encoding, problem):
-    path = experiment.root / 'train.txt'
-    path.write_text('0\n1\n', encoding=encoding)
-    experiment.cfg.train_dataloader.dataset.ann_file = 'train.txt'
-    found = experiment.findings()
-    assert set(found) == {'annotations-unreadable'}
-    assert found['annotations-unreadable'].places[0].startswith(f'{path}: the text {problem}')
-
-
-@for_task('segmentation')
 def test_no_pictures_of_the_suffix(experiment):
     experiment.set_datasets(img_suffix='.JPG')
     found = experiment.findings()

@@ -14,6 +14,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mmlinglo.engine import AverageBuffersHook, end_with_torchrun, prepare_cpu_distributed
+from mmlinglo.engine.launch import hide_native_output
 
 
 class Runner:
@@ -87,3 +88,13 @@ def test_the_kernel_is_asked_to_end_processes_of_torchrun(monkeypatch, started_b
     finally:
         prctl(set_signal, 0)
     assert found.value == (signal.SIGKILL if started_by_torchrun else 0)
+
+
+def test_output_of_other_programs_is_hidden(capfd):
+    with hide_native_output(2):
+        os.system('echo shown; echo hidden >&2')
+    with pytest.raises(ValueError, match='inside'), hide_native_output(1, 2):
+        os.system('echo hidden; echo hidden >&2')
+        raise ValueError('inside')
+    os.system('echo error >&2')
+    assert tuple(capfd.readouterr()) == ('shown\n', 'error\n')
