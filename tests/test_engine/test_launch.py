@@ -93,8 +93,9 @@ def test_the_kernel_is_asked_to_end_processes_of_torchrun(monkeypatch, started_b
 def test_output_of_other_programs_is_hidden(capfd):
     with hide_native_output(2):
         os.system('echo shown; echo hidden >&2')
-    with pytest.raises(ValueError, match='inside'), hide_native_output(1, 2):
+    with hide_native_output(1, 2):
         os.system('echo hidden; echo hidden >&2')
+    with pytest.raises(ValueError, match='inside'), hide_native_output(1, 2):
         raise ValueError('inside')
     os.system('echo error >&2')
     assert tuple(capfd.readouterr()) == ('shown\n', 'error\n')
