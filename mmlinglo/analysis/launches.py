@@ -262,7 +262,7 @@ class _Fused(TorchFunctionMode):
         more = {name: value for name, value in kwargs.items() if value}
         if more.keys() - {'scale', 'dropout_p', 'is_causal'}:  # a mask
             return func(*args, **kwargs)
-        if args[0].dtype == torch.float32:
+        if args[0].dtype == torch.float32 or args[0].shape[-1] > 256:
             options = dict(attn_bias=None, compute_log_sumexp=args[0].requires_grad, **more)
             return torch.ops.aten._scaled_dot_product_efficient_attention(*args, **options)[0]
         return torch.ops.aten._scaled_dot_product_flash_attention(*args, **more)[0]

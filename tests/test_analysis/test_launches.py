@@ -193,7 +193,7 @@ def test_the_rewritten_network_launches_moves_and_keeps_less(images):
     launches, moved, kept = ratios(*(count_launches(model, images, 'fp16') for model in models))
     assert launches < 0.9
     assert moved < 0.45
-    assert kept < 0.55  # attention, GELU and LayerNorm keep theirs
+    assert kept < 0.4
 
 
 def test_without_triton_tables_are_copied_once(monkeypatch):
@@ -213,13 +213,13 @@ def test_without_triton_tables_are_copied_once(monkeypatch):
 
 
 @pytest.mark.parametrize('amp', ['none', 'fp16'])
-def test_rewriting_adds_no_launches_to_the_deployed_form(amp):
+def test_the_deployed_form_launches_and_moves_less(amp):
     plain, ours = (
         count_launches(build_form('linglo_b0', (224, 224), 'deploy', form), (8, 3, 224, 224), amp)
         for form in ('plain', 'rewritten')
     )
-    assert ours.forward.launches <= plain.forward.launches
-    assert ours.forward.bytes_moved <= plain.forward.bytes_moved
+    assert ours.forward.launches < 0.95 * plain.forward.launches
+    assert ours.forward.bytes_moved < 0.97 * plain.forward.bytes_moved
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from torch.testing import assert_close
 
 import mmlinglo
+from mmlinglo import LinGlo
 from mmlinglo.models import ConditionalPositionalEncoding
 from mmlinglo.models.fast import gpu
 from mmlinglo.models.fast import patch_moments as eager
@@ -156,6 +158,35 @@ def check_other_ways():
     assert_close(compiled._orig_mod.state_dict(), state, rtol=1e-5, atol=1e-5)
 
 
+def check_network(autocast):
+    """A training step of all layers together, against the definition in float64.
+
+    Under autocast the attention alone, with three times the definition's error: the sums of what
+    an encoding hands back cancel, and its kernel is rounded once for all branches.
+    """
+    from conftest import TINY_ARCH, randomize_norms_
+
+    model = randomize_norms_(LinGlo(TINY_ARCH, fast=True)).train()
+    parameters = {n: p for n, p in model.named_parameters() if '.attn.' in n or not autocast}
+    x = torch.randn(2, 3, 64, 64)
+
+    def train(literal, dtype=torch.float32):
+        twin = copy.deepcopy(model).to(dtype)
+        with mmlinglo.literal() if literal else nullcontext():
+            with torch.autocast('cpu', torch.bfloat16, autocast and dtype == torch.float32):
+                outs = twin(x.to(dtype))
+        loss = sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outs)
+        return [*outs, *torch.autograd.grad(loss, [twin.get_parameter(n) for n in parameters])]
+
+    exact = train(True, torch.float64)
+    errors = [
+        [float((got - want).norm() / want.norm()) for got, want in zip(train(literal), exact)]
+        for literal in (False, True)
+    ]
+    assert errors[0] != errors[1]  # other operations ran
+    assert all(ours < 3 * theirs + 1e-5 for ours, theirs in zip(*errors)), errors
+
+
 def check(part):
     torch.manual_seed(0)
     use_the_interpreter()
@@ -178,13 +209,23 @@ def check(part):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for layout in layouts:
                 check_encoding((2, 20, 51, 35), layout, dtype)
+    elif part == 'network':
+        check_network(autocast=False)
+        check_network(autocast=True)
     else:
         check_other_ways()
 
 
 @pytest.mark.parametrize(
     'part',
-    ['small', 'large', 'half', 'other ways', pytest.param('real size', marks=pytest.mark.slow)],
+    [
+        'small',
+        'large',
+        'half',
+        'network',
+        'other ways',
+        pytest.param('real size', marks=pytest.mark.slow),
+    ],
 )
 def test_values(part):
     environment = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONWARNINGS': 'ignore'}

@@ -2,7 +2,6 @@
 import copy
 import socket
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from reference import rp_cpe
 from torch.testing import assert_close
 
 from mmlinglo.models import ConditionalPositionalEncoding, literal
-from mmlinglo.models.fast import synchronize
 
 VARIANTS = pytest.mark.parametrize(
     ('num_branches', 'skip'), [(1, False), (1, True), (4, False), (4, True)]
@@ -55,12 +53,18 @@ def test_a_single_value_per_channel_is_refused():
 
 
 def synchronized_worker(rank, port, sizes, out):
+    """Ranks 0 and 1 are a group, rank 2 is alone."""
     torch.distributed.init_process_group(
-        'gloo', init_method=f'tcp://127.0.0.1:{port}', world_size=2, rank=rank
+        'gloo', init_method=f'tcp://127.0.0.1:{port}', world_size=3, rank=rank
+    )
+    group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 1], [2]])
+    exchanges, gather = [], torch.distributed.all_gather
+    torch.distributed.all_gather = lambda *args, **kwargs: (
+        exchanges.append(args) or gather(*args, **kwargs)
     )
     torch.manual_seed(0)
     encoding = random_encoding().train()
-    encoding = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoding)
+    encoding = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoding, group)
     images = [torch.randn(2, 6, *size, dtype=torch.float64) + i for i, size in enumerate(sizes)]
     heads = [torch.randn_like(image) for image in images]
     x = images[rank].requires_grad_()
@@ -68,29 +72,34 @@ def synchronized_worker(rank, port, sizes, out):
     (y * heads[rank]).sum().backward()
     gradients = {name: p.grad for name, p in encoding.named_parameters()}
     for gradient in gradients.values():
-        torch.distributed.all_reduce(gradient)  # as DistributedDataParallel does, up to the mean
-    torch.save((y.detach(), x.grad, gradients, encoding.state_dict()), f'{out}/{rank}.pt')
+        # as DistributedDataParallel does, up to the mean
+        torch.distributed.all_reduce(gradient, group=group)
+    state = encoding.state_dict()
+    torch.save((y.detach(), x.grad, gradients, state, len(exchanges)), f'{out}/{rank}.pt')
     torch.distributed.destroy_process_group()
 
 
-def test_synchronized_statistics_are_those_of_all_processes(tmp_path):
-    """Two real processes with maps of different sizes, against batch norm over all values at once."""
+@pytest.fixture(scope='module')
+def synchronized(tmp_path_factory):
+    """Results of three real processes with maps of different sizes."""
+    out = str(tmp_path_factory.mktemp('synchronized'))
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    sizes = [(5, 4), (3, 6)]
-    context = torch.multiprocessing.get_context('spawn')
-    other = context.Process(target=synchronized_worker, args=(1, port, sizes, str(tmp_path)))
-    other.start()
-    synchronized_worker(0, port, sizes, tmp_path)
-    other.join()
-    assert other.exitcode == 0
-    results = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+    sizes = [(5, 4), (3, 6), (4, 4)]
+    torch.multiprocessing.spawn(synchronized_worker, (port, sizes, out), nprocs=3)
+    return sizes, [torch.load(f'{out}/{rank}.pt') for rank in range(3)]
 
+
+@pytest.mark.parametrize('group', [[0, 1], [2]])
+def test_synchronized_statistics_are_those_of_a_group(group, synchronized):
+    """Against batch norm over all values of the group at once."""
+    sizes, results = synchronized
     torch.manual_seed(0)
     encoding = random_encoding().train()
     images = [torch.randn(2, 6, *size, dtype=torch.float64) + i for i, size in enumerate(sizes)]
     heads = [torch.randn_like(image) for image in images]
+    images, heads = ([tensors[rank] for rank in group] for tensors in (images, heads))
     images = [image.requires_grad_() for image in images]
     outs = list(images)
     for branch in encoding.branches:
@@ -100,9 +109,11 @@ def test_synchronized_statistics_are_those_of_all_processes(tmp_path):
         outs = [out + part.view_as(out) for out, part in zip(outs, parts)]
     sum((out * head).sum() for out, head in zip(outs, heads)).backward()
     gradients = {name: p.grad for name, p in encoding.named_parameters()}
-    for rank, (y, x_grad, got, state) in enumerate(results):
-        assert_close(y, outs[rank].detach(), rtol=1e-9, atol=1e-9)
-        assert_close(x_grad, images[rank].grad, rtol=1e-9, atol=1e-9)
+    for out, image, rank in zip(outs, images, group):
+        y, x_grad, got, state, exchanges = results[rank]
+        assert exchanges == len(group) - 1
+        assert_close(y, out.detach(), rtol=1e-9, atol=1e-9)
+        assert_close(x_grad, image.grad, rtol=1e-9, atol=1e-9)
         assert_close(got, gradients, rtol=1e-9, atol=1e-9)
         assert_close(state, encoding.state_dict(), rtol=1e-9, atol=1e-9)
 
@@ -199,36 +210,3 @@ def test_the_deployed_form_gives_its_convolution():
     kernel, bias = encoding.kernel_and_bias(torch.randn(1, 4, 5, 5))
     assert kernel is encoding.reparam.weight
     assert bias is encoding.reparam.bias
-
-
-def test_statistics_are_exchanged_within_their_group(monkeypatch):
-    """Both ways, with a stand-in for a group of two processes which hold the same."""
-    groups = []
-
-    def all_reduce(x, group=None):
-        groups.append(group)
-        x.mul_(2)
-
-    stand_in = SimpleNamespace(
-        is_available=lambda: True,
-        is_initialized=lambda: True,
-        get_world_size=lambda group: groups.append(group) or 2,
-        all_reduce=all_reduce,
-    )
-    monkeypatch.setattr(synchronize, 'dist', stand_in)
-    mean = torch.tensor([1.0, 2.0], requires_grad=True)
-    var = torch.tensor([3.0, 4.0], requires_grad=True)
-    synchronized = synchronize.synchronize_statistics(mean, var, 5, 'ours')
-    for found, expected in zip(synchronized, (mean, var, torch.tensor(10.0))):
-        assert_close(found, expected)
-    (synchronized[0].sum() + synchronized[1].sum()).backward()
-    assert_close(mean.grad, torch.ones(2))
-    assert groups == ['ours'] * len(groups)
-    assert len(groups) == 5  # the size, and two exchanges there and back
-
-    groups.clear()
-    encoding = ConditionalPositionalEncoding(4, norm_layer=torch.nn.SyncBatchNorm)
-    for branch in encoding.branches:
-        branch.bn.process_group = 'theirs'
-    encoding(torch.randn(2, 4, 5, 6))
-    assert groups == ['theirs'] * 3

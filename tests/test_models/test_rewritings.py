@@ -167,7 +167,7 @@ def test_precision(case, dtype, autocast, training):
     only where images cancel one another, which random gradients do not.
     """
     module = case.build().to(torch.float32 if autocast else dtype).train(training)
-    runs = [(case.shapes[-1], True), (case.shapes[-1], False)]
+    runs = [(case.shapes[-1], True), (case.shapes[-1], False), (case.shapes[1], False)]
     if case.large and dtype == torch.float32 and not training:
         runs.append((case.large, False))
     for shape, grad in runs:

@@ -2,11 +2,13 @@
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from .. import network
 from ..arguments import check_integer
+from . import gpu
 from .precision import autocast_off, full_precision
 from .seam import Rewriting
 
@@ -29,6 +31,10 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
     cost more time a multiply-add, so it is taken below 5/8 of the definition's count. Where a
     graph is captured for sizes that are not known, it is always taken. On a GPU it is taken under
     autocast only, and of larger maps.
+
+    Of smaller maps the context alone is rewritten: it is standard attention of one query a head,
+    the saliency vector, to the keys, for which PyTorch has a fused kernel. That kernel has no
+    second derivative, so on a CPU it is taken without gradients only.
 
     Example:
         >>> attn = KeyOnlyAttention(embed_dims=64, num_heads=2)
@@ -56,12 +62,7 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
         largest float16 number.
         """
         with autocast_off(x):
-            return self._saliency_weights(full_precision(x))
-
-    def _saliency_weights(self, x: Tensor) -> Tensor:
-        saliency = full_precision(self.saliency) / self.saliency.shape[1] ** 0.5
-        directions = torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
-        return self.softmax((x @ directions.t()).transpose(1, 2))
+            return self.softmax((full_precision(x) @ self._directions().t()).transpose(1, 2))
 
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
         batch_size, num_tokens, channels = x.shape
@@ -70,18 +71,25 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
         few_images = _is_known(batch_size <= 2)
         products = 2 * batch_size if few_images else batch_size + 2
         if _is_known(3 * batch_size * num_tokens <= 2 * products * channels):
-            return None
-        # On a GPU, by what is launched and moved forward and backward: without autocast up to 1.7
-        # times the definition's launches, and near that border more bytes, too.
-        if x.is_cuda and (
-            not torch.is_autocast_enabled('cuda')
-            or _is_known(2 * batch_size * num_tokens < 3 * (products + 1) * channels)
-        ):
-            return None
+            return self._attend_by_queries(x)
+        on_gpu = gpu.is_usable(x)
+        if on_gpu:
+            # By what is launched and moved forward and backward: without autocast up to 1.7 times
+            # the definition's launches, and near that border more bytes, too.
+            if not torch.is_autocast_enabled(x.device.type) or _is_known(
+                2 * batch_size * num_tokens < 3 * (products + 1) * channels
+            ):
+                return self._attend_by_queries(x)
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         # In float32 at least: an error of the matrix would reach every position.
         with autocast_off(x):
-            tokens = full_precision(x)
-            pooled = self._saliency_weights(tokens) @ tokens
+            if on_gpu:
+                queries = self._directions().to(x.dtype).expand(batch_size, 1, -1, -1)
+                tokens = x.unsqueeze(1)
+                pooled = F.scaled_dot_product_attention(queries, tokens, tokens, scale=1.0)
+                pooled = full_precision(pooled.squeeze(1))
+            else:
+                pooled = self.saliency_weights(x) @ full_precision(x)
             context = torch.einsum('bhc,hdc->bhd', pooled, self._key_heads()).flatten(1)
             w_key, w_value, u_1, u_2 = (
                 full_precision(linear.weight).t()
@@ -100,6 +108,20 @@ class KeyOnlyAttention(Rewriting, network.KeyOnlyAttention, plain=True):
                 shift = shift + (context * full_precision(self.value.bias)) @ u_1
             bias = (shift @ u_2 + full_precision(self.proj.bias)).expand(batch_size, -1)
         return torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, matrix.to(x.dtype))
+
+    def _attend_by_queries(self, x: Tensor) -> Optional[Tensor]:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not gpu.is_usable(x)):
+            return None
+        key, value = self.key(x), self.value(x)
+        heads = key.unflatten(-1, self.saliency.shape).transpose(1, 2)
+        queries = self.saliency.to(heads.dtype).unsqueeze(1).expand(len(x), -1, -1, -1)
+        context = F.scaled_dot_product_attention(queries, heads, heads).flatten(1)
+        return self.proj(self.mix(context.unsqueeze(1) * value) + key)
+
+    def _directions(self) -> Tensor:
+        """What a token's score in each head is the product with, (num_heads, C)."""
+        saliency = full_precision(self.saliency) / self.saliency.shape[1] ** 0.5
+        return torch.einsum('hdc,hd->hc', self._key_heads(), saliency)
 
     def _key_heads(self) -> Tensor:
         """W_K as (num_heads, D, C), in float32 at least."""

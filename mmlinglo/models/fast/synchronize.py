@@ -1,5 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from typing import Any, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,8 @@ def synchronize_statistics(
     mean: Tensor, var: Tensor, count: int, group: Optional[dist.ProcessGroup] = None
 ) -> Tuple[Tensor, Tensor, Union[int, Tensor]]:
     """Statistics over the inputs of all processes, differentiable, as SyncBatchNorm has them.
+
+    There is one exchange forward and one backward.
 
     Args:
         mean: Means in this process, of any shape.
@@ -24,27 +26,14 @@ def synchronize_statistics(
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return mean, var, count
-    counts = mean.new_full((1,), count)
-    total = torch.cat([counts, (counts * mean).flatten()])
-    total = _AllReduceSum.apply(total, group)
-    overall = (total[1:] / total[0]).view_as(mean)
-    # The variance around the overall mean, in a second exchange: a difference of squares would cancel.
-    spread = counts * (var + (mean - overall).square())
-    return overall, _AllReduceSum.apply(spread, group) / total[0], total[0].detach()
+    from torch.distributed.nn.functional import all_gather  # not in every build of PyTorch
 
-
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over the processes; the gradient of every process's loss reaches every addend."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
-        ctx.group = group
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+    own = torch.cat([mean.flatten(), var.flatten(), mean.new_full((1,), count)])
+    processes = torch.stack(all_gather(own, dist.group.WORLD if group is None else group))
+    means, variances, counts = processes.split([mean.numel(), mean.numel(), 1], dim=1)
+    total = counts.sum().detach()
+    shares = counts / total
+    overall = (shares * means).sum(0)
+    # Around the overall mean: a difference of squares would cancel.
+    spread = (shares * (variances + (means - overall).square())).sum(0)
+    return overall.view_as(mean), spread.view_as(mean), total
