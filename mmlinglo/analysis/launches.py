@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.overrides import TorchFunctionMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +36,7 @@ from mmlinglo.utils.deploy import switch_to_deploy
 
 BANDWIDTH = 3.35e12  # bytes a second of an H100 SXM's memory, by its data sheet
 LAUNCH_SECONDS = 4e-6  # that launching a kernel takes at least
+OLDEST_TORCH = '2.10'
 AMP = {'none': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 MODES = ('train', 'eval', 'deploy')
 FORMS = {
@@ -185,11 +187,17 @@ def count_launches(
         kwargs: Further arguments of the model.
 
     Raises:
-        ValueError: If ``amp`` is unknown, or what runs depends on the values of tensors.
+        ValueError: If ``amp`` is unknown, what runs depends on the values of tensors, or PyTorch is older
+            than 2.10.
         RuntimeError: If tensors of the CPU and of the GPU meet.
     """
     if amp not in AMP:
         raise ValueError(f'amp must be one of {", ".join(AMP)}, got {amp!r}')
+    if TorchVersion(torch.__version__) < OLDEST_TORCH:
+        raise ValueError(
+            f'counting needs PyTorch {OLDEST_TORCH} or newer, got {torch.__version__}: PyTorch 2.5 aborts '
+            'at convolutions of CUDA tensors without data'
+        )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
     forward, backward, saved = _Counter(), _Counter(), SavedTensors()

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_ARCH
+from conftest import TINY_ARCH, needs_counting
 from torch import nn
 from torch.testing import assert_close
 
@@ -20,6 +20,7 @@ from mmlinglo.analysis.launches import (
 )
 from mmlinglo.models.fast import gpu
 
+pytestmark = needs_counting
 IMAGES = (2, 3, 64, 64)
 
 
@@ -253,6 +254,12 @@ def test_deployed_is_one_convolution():
     )
     assert deployed.operators['convolution'] == 14  # four down-samplings, ten encodings
     assert plain.operators['convolution'] == 44
+
+
+def test_an_old_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.5.1')
+    with pytest.raises(ValueError, match=r'needs PyTorch 2\.10 or newer, got 2\.5\.1'):
+        count_launches(nn.ReLU(), IMAGES)
 
 
 def test_unknown_forms():

@@ -8,7 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_counting
 from mmengine.config import Config
 from mmengine.structures import PixelData
 from torch import nn
@@ -17,6 +17,7 @@ from mmlinglo.analysis.complexity import _forward_with_most_regions
 from mmlinglo.analysis.launches import AMP, count_launches
 from mmlinglo.utils.deploy import build_model
 
+pytestmark = needs_counting
 IMAGES = (2, 3, 128, 128)
 
 

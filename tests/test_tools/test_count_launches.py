@@ -2,10 +2,11 @@
 import json
 
 import pytest
-from conftest import import_tool
+from conftest import import_tool, needs_counting
 
 from mmlinglo.utils.cli import UsageError
 
+pytestmark = needs_counting
 tool = import_tool('tools/analysis_tools/count_launches.py')
 
 

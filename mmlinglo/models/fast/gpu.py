@@ -18,7 +18,6 @@ from torch.library import custom_op
 
 from .precision import autocast_off
 
-OFFSETS = list(product((-1, 0, 1), (-1, 0, 1)))
 SLOTS = 54
 """Sums of x - centre and of its products, for each channel.
 
@@ -73,7 +72,8 @@ def _tables(device: torch.device) -> Tuple[Tensor, Tensor]:
     """
     tables = torch.zeros(5, 64, 128)
     left_out = torch.zeros(6, 128, dtype=torch.int32)
-    for pair, (k, j) in enumerate(product(OFFSETS, OFFSETS)):
+    offsets = list(product((-1, 0, 1), (-1, 0, 1)))
+    for pair, (k, j) in enumerate(product(offsets, offsets)):
         second, cross, mean_k, mean_j, shifts = tables[:, :, pair]
         row_lag, column_lag = j[0] - k[0], j[1] - k[1]
         second[_lag_slot(row_lag, column_lag)] += 1

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from . import gpu
 from .autocorrelation import autocorrelation
-from .gpu import OFFSETS
 from .precision import autocast_off, full_precision
 
-LAGS = list(product((-2, -1, 0, 1, 2), (-2, -1, 0, 1, 2)))
+OFFSETS = list(product((-1, 0, 1), (-1, 0, 1)))
+LAGS = list(product(range(-2, 3), range(-2, 3)))
 
 
 def patch_moments(x: Tensor) -> Tuple[Tensor, Tensor]:
