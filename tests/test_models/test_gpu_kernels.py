@@ -9,6 +9,7 @@ their program, too.
 import copy
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -122,12 +123,11 @@ def check_large_means():
 
 def check_other_ways():
     x = torch.randn(2, 4, 5, 6, requires_grad=True)
-    # Norms of unequal settings, and synchronized ones: the kernels' moments, torch's algebra.
+    # Norms of unequal settings have the kernels' moments and torch's algebra, synchronized ones all.
     unequal = build(4)
     unequal.branches[1].bn.eps = 0.1
     synchronized = torch.nn.SyncBatchNorm.convert_sync_batchnorm(build(4))
     for encoding in (unequal, synchronized):
-        assert not encoding._is_for_kernels
         head, plain = torch.randn_like(x), copy.deepcopy(encoding)
         for branch in plain.branches:
             if encoding is synchronized:  # torch's own is for GPUs only
@@ -187,6 +187,32 @@ def check_network(autocast):
     assert all(ours < 3 * theirs + 1e-5 for ours, theirs in zip(*errors)), errors
 
 
+def train_synchronized(rank, port):
+    """One of two processes with maps of different sizes, against torch's algebra in float64."""
+    use_the_interpreter()
+    init = f'tcp://127.0.0.1:{port}'
+    torch.distributed.init_process_group('gloo', init_method=init, world_size=2, rank=rank)
+    torch.manual_seed(0)
+    encoding = torch.nn.SyncBatchNorm.convert_sync_batchnorm(build(4))
+    torch.manual_seed(rank)
+    x = torch.randn(2, 4, 5 + rank, 7) + rank
+    head = torch.randn_like(x)
+    found, state = run(encoding, x, head)
+    expected, expected_state = run(encoding.double(), x.double(), head.double())
+    for got, want in zip(found, expected):
+        assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    for name, value in expected_state.items():
+        assert_close(state[name].to(value), value, rtol=1e-5, atol=1e-5)
+    torch.distributed.destroy_process_group()
+
+
+def check_synchronized():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_synchronized, (port,), nprocs=2)
+
+
 def check(part):
     torch.manual_seed(0)
     use_the_interpreter()
@@ -209,6 +235,8 @@ def check(part):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for layout in layouts:
                 check_encoding((2, 20, 51, 35), layout, dtype)
+    elif part == 'synchronized':
+        check_synchronized()
     elif part == 'network':
         check_network(autocast=False)
         check_network(autocast=True)
@@ -223,6 +251,7 @@ def check(part):
         'large',
         'half',
         'network',
+        'synchronized',
         'other ways',
         pytest.param('real size', marks=pytest.mark.slow),
     ],

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .precision import autocast_off
+from .synchronize import Group, gather_moments, is_alone, share_gradients
 
 SLOTS = 54
 """Sums of x - centre and of its products, for each channel.
@@ -315,7 +316,7 @@ def patch_moments_backward(
 
 
 def encode(
-    x: Tensor, skip: bool, eps: float, parameters: Sequence[Tensor]
+    x: Tensor, skip: bool, eps: float, parameters: Sequence[Tensor], group: Sequence[Group] = ()
 ) -> Tuple[Tensor, Tensor]:
     """All branches of an encoding, with the statistics of the batch.
 
@@ -325,13 +326,15 @@ def encode(
         eps: Of all batch norms.
         parameters: float32; the kernels (C, 1, 3, 3) of the branches, then the weights (C,) of
             their norms, then the biases (C,).
+        group: The processes of synchronized norms, None for all; empty for other norms.
 
     Returns:
         Output (B, C, H, W), and (2, branches, C) without gradient: means and unbiased variances.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Encode.apply(x, *parameters, skip, eps)
+    group = [each for each in group if not is_alone(each)]
+    return _Encode.apply(x, *parameters, skip, eps, group)
 
 
 class _Encode(torch.autograd.Function):
@@ -339,33 +342,44 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tuple[Tensor, Tensor]:
-        *parameters, skip, eps = arguments
+        *parameters, skip, eps, group = arguments
         channels = x.shape[1]
         n = x.numel() // channels
         with autocast_off(x):
             params = torch.cat([p.reshape(channels, -1) for p in parameters], dim=1)
-            mean, covariance = patch_moments(x)
-            kernel, bias, statistics = fuse(params, mean, covariance, eps, n / (n - 1), skip, x.dtype)  # fmt: skip
+            mean, covariance = own_mean, own_covariance = patch_moments(x)
+            unbias = n / (n - 1)
+            shared = []
+            if group:  # the number of all patches is on the GPU
+                mean, covariance, total = gather_moments(own_mean, own_covariance, n, group[0])
+                shared, unbias = [own_mean, n / total], 1.0
+            kernel, bias, statistics = fuse(params, mean, covariance, eps, unbias, skip, x.dtype)
+            if group:
+                statistics[1] *= total / (total - 1)
             out = F.conv2d(x, kernel, bias, padding=1, groups=channels)
-        ctx.save_for_backward(x, params, mean, covariance, kernel)
-        ctx.eps = eps
+        ctx.save_for_backward(x, params, mean, covariance, kernel, *shared)
+        ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(statistics)
         return out, statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tuple[Any, ...]:
-        x, params, mean, covariance, kernel = ctx.saved_tensors
+        x, params, mean, covariance, kernel, *shared = ctx.saved_tensors
         channels, branches = len(mean), params.shape[1] // 11
         with autocast_off(x):
             grads = weight_sums(grad, x).sum(0)
             found = fuse_backward(params, mean, covariance, grads, ctx.eps)
-            grad_params, grad_mean, grad_covariance = found
+            grad_params, *grad_moments = found
+            own_mean = mean
+            if shared:
+                own_mean, share = shared
+                grad_moments = share_gradients(grad_moments, own_mean, mean, share, ctx.group[0])
             grad_x = None
             if ctx.needs_input_grad[0]:
                 n = x.numel() // channels
-                coefficients = moments_backward(mean, grad_mean, grad_covariance, n)
+                coefficients = moments_backward(own_mean, *grad_moments, n)
                 grad_x = input_gradient(x, coefficients, [grad, kernel])
         sizes = [9 * channels] * branches + [channels] * 2 * branches
         parts = [part.view(channels, 1, 3, 3) if len(part) > channels else part for part in grad_params.split(sizes)]  # fmt: skip
-        return (grad_x, *parts, None, None)
+        return (grad_x, *parts, None, None, None)

@@ -12,7 +12,7 @@ from . import gpu
 from .patch_moments import patch_moments
 from .precision import autocast_off
 from .seam import Rewriting
-from .synchronize import synchronize_statistics
+from .synchronize import synchronize_moments
 
 
 class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEncoding, plain=True):
@@ -113,7 +113,8 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         norms = [branch[1] for branch in self.branches]
         first = norms[0]
         return all(
-            type(norm) is nn.BatchNorm2d
+            type(norm) is type(first)
+            and getattr(norm, 'process_group', None) is getattr(first, 'process_group', None)
             and norm.eps == first.eps
             and norm.momentum is not None
             and norm.momentum == first.momentum
@@ -127,7 +128,8 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         first = norms[0]
         parameters = [conv.weight for conv in convs]
         parameters += [norm.weight for norm in norms] + [norm.bias for norm in norms]
-        out, statistics = gpu.encode(x, self.skip, first.eps, parameters)
+        group = [first.process_group] if isinstance(first, nn.SyncBatchNorm) else []
+        out, statistics = gpu.encode(x, self.skip, first.eps, parameters, group)
         if first.training and first.track_running_stats:
             running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
             with torch.no_grad():
@@ -175,13 +177,15 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
         _, norms = zip(*self.branches)
         patch_mean, patch_covariance = patch_moments(x)
-        kernels = kernels.to(patch_mean)
-        mean = (kernels * patch_mean).sum(-1)
-        var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
         num_values = x.numel() // x.shape[1]
         count: Union[int, Tensor] = num_values
         if isinstance(norms[0], nn.SyncBatchNorm):
-            mean, var, count = synchronize_statistics(mean, var, num_values, norms[0].process_group)
+            patch_mean, patch_covariance, count = synchronize_moments(
+                patch_mean, patch_covariance, num_values, norms[0].process_group
+            )
+        kernels = kernels.to(patch_mean)
+        mean = (kernels * patch_mean).sum(-1)
+        var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
         var = var.clamp(min=0)
         for norm, batch_mean, batch_var in zip(norms, mean.detach(), var.detach()):
             _update_running_statistics(norm, batch_mean, batch_var, count)
