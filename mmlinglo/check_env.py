@@ -58,9 +58,8 @@ class Environment:
     @property
     def is_original(self) -> bool:
         """Whether OpenMMLab's own releases are installed rather than the forks."""
-        return 'mmengine' in self.versions and not any(
-            d.startswith('onedl-') for d in self.versions
-        )
+        forks = [name for name in self.versions if name.startswith('onedl-')]
+        return 'mmengine' in self.versions and not forks
 
     def tested(self, name: str) -> str:
         """What to tell pip for the tested version of what provides an import name."""
@@ -93,10 +92,8 @@ def collect() -> Environment:
         _record(env, name, importlib.import_module, name)
     if 'torch' not in env.errors:
         _try_operators(env)
-    if 'mmengine.runner' not in env.errors:
-        from mmengine.utils.dl_utils import collect_env
-
-        _record(env, 'details', lambda: env.details.update(collect_env()))
+    tools = 'mmengine.utils.dl_utils'
+    _record(env, tools, lambda: env.details.update(importlib.import_module(tools).collect_env()))
     return env
 
 
@@ -135,15 +132,14 @@ def _try_nms(module: str, device: str) -> None:
 
 def _record(env: Environment, name: str, action: Callable, *args: str) -> None:
     """Note the first line of what ``action`` raises; drop what it prints."""
-    silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            try:
-                action(*args)
-            except Exception as error:
-                lines = str(error).strip().splitlines() or ['']
-                env.errors[name] = f'{type(error).__name__}: {lines[0]}'[:300]
+    silence, ignored = io.StringIO(), warnings.catch_warnings()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence), ignored:
+        warnings.simplefilter('ignore')
+        try:
+            action(*args)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or ['']
+            env.errors[name] = f'{type(error).__name__}: {lines[0]}'[:300]
 
 
 def find_problems(env: Environment) -> List[Problem]:
@@ -169,10 +165,9 @@ def _find_in_torch(env: Environment) -> Iterator[Problem]:
     pair = f'{PIP} --force-reinstall torch=={installed} torchvision==0.{minor + 15}.{patch}'
     keys = ('torch', 'torchvision.ops', 'torchvision.ops on cpu', 'torchvision.ops on cuda')
     broken, on_gpu = _first_error(env, *keys), _first_error(env, 'torch on cuda')
-    if installed == '0':
-        yield 'torch is not installed', tested
-    elif (major, minor) < (2, 5):
-        yield f'torch {installed} is older than 2.5', tested
+    if (major, minor) < (2, 5):
+        fault = f'{installed} is older than 2.5' if major else 'is not installed'
+        yield f'torch {fault}', tested
     elif broken:
         yield f'torch {installed} and torchvision do not work ({broken})', pair
     elif on_gpu:

@@ -10,7 +10,14 @@ from mmengine.model import is_model_wrapper
 
 from mmlinglo.engine import QuietRunner
 from mmlinglo.utils import load_checkpoint_file, load_model_weights
-from mmlinglo.utils.cli import UsageError, check_data_files, load_runner_config, run, runner_parser
+from mmlinglo.utils.cli import (
+    UsageError,
+    check_data_files,
+    load_runner_config,
+    run,
+    runner_parser,
+    type_name,
+)
 
 LABEL_WRITERS = ('IoUMetric', 'CityscapesMetric')  # metrics of mmseg that take output_dir
 
@@ -74,23 +81,18 @@ def save_predictions(cfg: Config, args: argparse.Namespace) -> None:
     evaluators = cfg.get('test_evaluator') or []
     evaluators = [evaluators] if isinstance(evaluators, dict) else list(evaluators)
     if to_folder:
-        writers = [each for each in evaluators if kind_of(each) in LABEL_WRITERS]
+        writers = [each for each in evaluators if type_name(each['type']) in LABEL_WRITERS]
         if not writers:
+            kinds = [type_name(each['type']) for each in evaluators]
             raise UsageError(
                 f'--out needs one of {", ".join(LABEL_WRITERS)} in test_evaluator, '
-                f'{args.config} has {", ".join(map(kind_of, evaluators)) or "none"}'
+                f'{args.config} has {", ".join(kinds) or "none"}'
             )
         writers[0].update(output_dir=args.out, keep_results=True)
     else:
         dump = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
         evaluators.append(dict(type=dump, out_file_path=args.out))
     cfg.test_evaluator = evaluators
-
-
-def kind_of(evaluator: dict) -> str:
-    """Name of the metric's class. Pure Python configs hold the class itself."""
-    kind = evaluator['type']
-    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

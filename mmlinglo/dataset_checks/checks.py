@@ -1,7 +1,8 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-"""The kinds of findings: docs/custom_dataset.md lists them too, and a test compares both."""
+"""The kinds of findings, and the report. docs/custom_dataset.md lists the kinds too, and a test compares both."""
 
-from typing import Dict, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Dict, List, NamedTuple, Tuple
 
 
 class Check(NamedTuple):
@@ -101,3 +102,75 @@ class-number | error | a class number is out of range | number the classes from 
 CHECKS: Dict[str, Check] = {
     key: Check(*texts) for key, *texts in (line.split(' | ') for line in _TABLE.split('\n') if line)
 }
+
+
+@dataclass
+class Finding:
+    """All places where one kind of defect was found in one data set.
+
+    Attributes:
+        check: Key of :data:`CHECKS`.
+        dataset: ``train``, ``val``, ``test`` or several of them; ``config``.
+        severity, problem, remedy: As in :class:`Check`.
+        places: One text per place, with what was found there.
+    """
+
+    check: str
+    dataset: str
+    severity: str
+    problem: str
+    remedy: str
+    places: List[str] = field(default_factory=list)
+
+
+class Report:
+    """Findings by kind, and the data sets that were checked."""
+
+    def __init__(self) -> None:
+        self.datasets: Dict[str, dict] = {}
+        self._findings: Dict[Tuple[str, str], Finding] = {}
+
+    def add(self, check: str, dataset: str, place: str) -> None:
+        """Note a defect.
+
+        Args:
+            check: Key of :data:`CHECKS`.
+            dataset: Name of the data set.
+            place: File, entry and value.
+        """
+        finding = Finding(check, dataset, *CHECKS[check])
+        self._findings.setdefault((check, dataset), finding).places.append(place)
+
+    @property
+    def findings(self) -> List[Finding]:
+        """All findings, errors first, each kind in the order of :data:`CHECKS`."""
+        ordered = [f for key in CHECKS for f in self._findings.values() if f.check == key]
+        return sorted(ordered, key=lambda finding: finding.severity)
+
+    def count(self, severity: str) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def format(self, num_places: int = 3) -> str:
+        """Format the report for a terminal, with so many places of each finding."""
+        lines = []
+        for name, facts in self.datasets.items():
+            keys = [key for key in ('pictures', 'opened', 'boxes', 'classes') if key in facts]
+            lines.append(
+                ', '.join([f'{name}: {facts["type"]}', *(f'{facts[k]} {k}' for k in keys)])
+            )
+        for f in self.findings:
+            count = len(f.places)
+            times = f', {count} times' if count > 1 else ''
+            lines += ['', f'{f.severity} in {f.dataset}{times}: {f.problem} [{f.check}]']
+            lines += [f'    {place}' for place in f.places[:num_places]]
+            lines += [f'    and {count - num_places} more'] * (count > num_places)
+            lines += [f'  remedy: {f.remedy}']
+        counts = [(self.count(severity), severity) for severity in ('error', 'warning')]
+        summary = ', '.join(f'{count} {what}{"s" * (count > 1)}' for count, what in counts if count)
+        return '\n'.join([*lines, '', summary or 'no findings'])
+
+    def as_dict(self) -> dict:
+        """Return the whole report, with all places, for JSON."""
+        findings = [dict(asdict(each), count=len(each.places)) for each in self.findings]
+        counts = dict(errors=self.count('error'), warnings=self.count('warning'))
+        return dict(datasets=self.datasets, **counts, findings=findings)

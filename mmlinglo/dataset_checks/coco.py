@@ -5,29 +5,14 @@ import json
 import math
 import re
 import reprlib
-from typing import (
-    Annotated,
-    Any,
-    Dict,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Set,
-    Tuple,
-    Type,
-    Union,
-)
+from collections import Counter
+from typing import Annotated, Any, Dict, List, Optional, Tuple, Union
 
+import msgspec
 import numpy as np
-
-try:
-    import msgspec
-except ImportError as error:
-    raise ImportError('checking data sets needs msgspec: pip install msgspec') from error
 from msgspec import Meta, ValidationError
 
-from .splits import encoding_problem
+from .splits import Split
 
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Id = Union[Integer, float, str]
@@ -69,76 +54,105 @@ class RunLengths(msgspec.Struct):
 
 
 Segmentation = Union[List[List[float]], RunLengths]
-PARTS: Dict[str, Type[msgspec.Struct]] = dict(
-    images=Image, annotations=Annotation, categories=Category
+PARTS: Dict[str, Any] = dict(images=Image, annotations=Annotation, categories=Category)
+UNIQUE = (  # checks of keys whose values differ in all entries of a list
+    ('category-duplicate', 'categories', 'id'),
+    ('category-duplicate', 'categories', 'name'),
+    ('image-duplicate', 'images', 'id'),
+    ('file-duplicate', 'images', 'file_name'),
+    ('annotation-duplicate', 'annotations', 'id'),
 )
 
 
-class Coco(NamedTuple):
-    """The entries of a file that can be used, and the ids of all images and all categories."""
-
-    images: List[Image]
-    annotations: List[Annotation]
-    categories: List[Category]
-    ids: Dict[str, Set[Id]]
-
-
-class UnreadableError(Exception):
-    """The file is not JSON, or lacks one of its lists."""
-
-
-def read(path: str, optional: Tuple[str, ...] = ()) -> Tuple[Coco, List[Tuple[str, str]]]:
-    """Read an annotation file in the same way as pycocotools.
+class Coco:
+    """The entries of an annotation file that can be used. The others are reported.
 
     Args:
-        path: The file.
-        optional: Lists that the file may lack.
+        split: Data set of the file.
+        content: Lists of the file.
 
-    Returns:
-        The usable entries; and for each of the others, the key of a check and the place.
-
-    Raises:
-        UnreadableError: If the file is not JSON, or lacks one of its lists.
+    Attributes:
+        images: By id.
+        categories: Names by id, in the order of the file.
+        annotations: All annotations.
+        kept: Those whose image and category can be used too, with both.
     """
+
+    def __init__(self, split: Split, content: Dict[str, List[Any]]) -> None:
+        self.split = split
+        parts = {part: self.convert(part, content[part]) for part in PARTS}
+        self.annotations: List[Annotation] = parts['annotations']
+        self.images: Dict[Id, Image] = {image.id: image for image in parts['images']}
+        self.categories: Dict[Id, str] = {each.id: each.name for each in parts['categories']}
+        self.kept: List[Tuple[Annotation, Image, str]] = []
+        for check, part, key in UNIQUE:
+            for value, count in Counter(getattr(entry, key) for entry in parts[part]).items():
+                if count > 1:
+                    self.add(check, f'{key} {value!r}')
+        if not self.images:
+            self.add('pictures-none', '`images` is empty')
+        # Entries that cannot be used are in the file all the same.
+        entries = ((part, e) for part in ('images', 'categories') for e in content[part])
+        ids = {(part, repr(e['id'])) for part, e in entries if isinstance(e, dict) and 'id' in e}
+        for annotation in self.annotations:
+            image = self.images.get(annotation.image_id)
+            name = self.categories.get(annotation.category_id)
+            if name is not None and image is not None:
+                self.kept.append((annotation, image, name))
+            elif name is None and ('categories', repr(annotation.category_id)) not in ids:
+                fact = f'category_id {annotation.category_id!r}'
+                self.add('annotation-category', fact, annotation)
+            elif image is None and ('images', repr(annotation.image_id)) not in ids:
+                self.add('annotation-image', f'image_id {annotation.image_id!r}', annotation)
+
+    def add(self, check: str, fact: str, annotation: Optional[Annotation] = None) -> None:
+        """Report a defect of the file, or of an annotation."""
+        place = f'{self.split.dataset.ann_file}: '
+        if annotation is not None:
+            image = self.images.get(annotation.image_id)
+            file = f', {image.file_name}' if image else ''
+            place += f'annotation {annotation.id}{file}: '
+        self.split.add(check, place + fact)
+
+    def convert(self, part: str, entries: List[Any]) -> List[Any]:
+        """Convert the entries of a list, and report those that do not fit its type."""
+        converted, fields = [], msgspec.structs.fields(PARTS[part])
+        for i, entry in enumerate(entries):
+            try:
+                converted.append(convert(entry, PARTS[part]))
+            except ValidationError as error:
+                required = [field.name for field in fields if field.required]
+                keys = entry if isinstance(entry, dict) else required
+                missing = [name for name in required if name not in keys]
+                if missing:
+                    self.add('annotation-incomplete', f'{part}[{i}] lacks {", ".join(missing)}')
+                else:
+                    self.add('value-invalid', f'{part}[{i}]{explain(entry, error)}')
+        return converted
+
+
+def read(split: Split, optional: Tuple[str, ...] = ()) -> Optional[Coco]:
+    """Read an annotation file in the same way as pycocotools. If this fails, report it and return None.
+
+    Args:
+        split: Data set of the file.
+        optional: Lists that the file may lack.
+    """
+    text = split.read_text()
+    if text is None:
+        return None
     try:
-        with open(path) as file:
-            content = json.load(file)
-    except (ValueError, RecursionError, OSError) as error:
-        raise UnreadableError(f'{path}: {encoding_problem(path) or error}') from error
-    if not isinstance(content, dict):
-        raise UnreadableError(f'{path}: not an object of lists, but {reprlib.repr(content)}')
-    content = {**{part: [] for part in optional}, **content}
-    lacking = [repr(part) for part in PARTS if not isinstance(content.get(part), list)]
-    if lacking:
-        raise UnreadableError(f'{path}: no list {" and no list ".join(lacking)}')
-    problems: List[Tuple[str, str]] = []
-    parts = {part: list(_convert(content[part], part, path, problems)) for part in PARTS}
-    ids = {
-        part: {entry['id'] for entry in content[part] if _has_id(entry)}
-        for part in ('images', 'categories')
-    }
-    return Coco(**parts, ids=ids), problems
-
-
-def _has_id(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get('id'), (int, float, str))
-
-
-def _convert(
-    entries: List[Any], part: str, path: str, problems: List[Tuple[str, str]]
-) -> Iterator[Any]:
-    kind = PARTS[part]
-    for i, entry in enumerate(entries):
-        try:
-            yield convert(entry, kind)
-        except ValidationError as error:
-            place, fields = f'{path}: {part}[{i}]', msgspec.structs.fields(kind)
-            keys = entry if isinstance(entry, dict) else [field.name for field in fields]
-            missing = [field.name for field in fields if field.required and field.name not in keys]
-            if missing:
-                problems.append(('annotation-incomplete', f'{place} lacks {", ".join(missing)}'))
-            else:
-                problems.append(('value-invalid', f'{place}{explain(entry, error)}'))
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f'not an object of lists, but {reprlib.repr(content)}')
+        content = {**{part: [] for part in optional}, **content}
+        lacking = [repr(part) for part in PARTS if not isinstance(content.get(part), list)]
+        if lacking:
+            raise ValueError(f'no list {" and no list ".join(lacking)}')
+    except (ValueError, RecursionError) as error:
+        split.add('annotations-unreadable', f'{split.dataset.ann_file}: {error}')
+        return None
+    return Coco(split, content)
 
 
 def convert(value: Any, kind: Any) -> Any:
@@ -169,14 +183,8 @@ def box_of(annotation: Annotation) -> Box:
         return (math.nan,) * 4
 
 
-def mask_problem(annotation: Annotation, image: Image, box: Box) -> Optional[str]:
-    """Describe what is wrong with the segmentation of an annotation, or return None.
-
-    Args:
-        annotation: An annotation with a segmentation that is not empty.
-        image: Its image.
-        box: ``[x, y, width, height]`` in pixels.
-    """
+def mask_problem(annotation: Annotation, image: Image) -> Optional[str]:
+    """Describe what is wrong with the segmentation of an annotation with a box, or return None."""
     try:
         mask = convert(annotation.segmentation, Segmentation)
     except ValidationError as error:
@@ -190,7 +198,7 @@ def mask_problem(annotation: Annotation, image: Image, box: Box) -> Optional[str
     if not np.isfinite(points).all():
         return 'a point of a polygon is not finite'
     (left, top), (right, bottom) = points.min(0), points.max(0)
-    x, y, width, height = box
+    x, y, width, height = box_of(annotation)
     if left > x + width or top > y + height or right < x or bottom < y:
         span = f'[{left:g}, {top:g}, {right - left:g}, {bottom - top:g}]'
         return f'the polygons span {span}, apart from the box {annotation.bbox}'
@@ -200,9 +208,8 @@ def mask_problem(annotation: Annotation, image: Image, box: Box) -> Optional[str
 def _run_problem(mask: RunLengths, shape: Tuple[float, float]) -> Optional[str]:
     if mask.size != shape:
         return f'RLE of size {list(mask.size)}, but the image has {list(shape)}'
-    try:
-        counts = _decode_counts(mask.counts) if isinstance(mask.counts, str) else mask.counts
-    except ValueError:
+    counts = _decode_counts(mask.counts) if isinstance(mask.counts, str) else mask.counts
+    if counts is None:
         return f'RLE counts {reprlib.repr(mask.counts)} cannot be decoded'
     pixels = int(shape[0] * shape[1])
     if sum(counts) != pixels:
@@ -210,30 +217,18 @@ def _run_problem(mask: RunLengths, shape: Tuple[float, float]) -> Optional[str]:
     return None if sum(counts[1::2]) else 'RLE without a pixel of the object'
 
 
-def _decode_counts(text: str) -> List[int]:
-    """Decode COCO's compressed RLE. pycocotools reads beyond the end of a damaged one.
+def _decode_counts(text: str) -> Optional[List[int]]:
+    """Decode COCO's compressed RLE; None if it is damaged. pycocotools reads beyond its end then.
 
     Each character holds five bits, and a bit that says whether more follow. From the fourth
     number on, the text holds differences to the last number but one.
-
-    Raises:
-        ValueError: If the text is damaged.
     """
+    if not re.fullmatch('([P-o]{0,6}[0-O])*', text):
+        return None
     counts: List[int] = []
-    value = shift = 0
-    for code in text.encode():
-        bits = code - 48
-        if not 0 <= bits < 64:
-            raise ValueError
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) << (shift - 4)  # the sign
-            value += counts[-2] if len(counts) > 2 else 0
-            if value < 0:
-                raise ValueError
-            counts.append(value)
-            value = shift = 0
-    if shift:
-        raise ValueError
-    return counts
+    for number in re.findall('[P-o]*[0-O]', text):
+        bits = [ord(character) - 48 for character in number]
+        value = sum((five & 31) << 5 * i for i, five in enumerate(bits))
+        value -= (bits[-1] & 16) << 5 * len(bits) - 4  # the sign
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts if min(counts, default=0) >= 0 else None

@@ -9,8 +9,10 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from .report import Report
-from .splits import Split, first_line, type_name
+from mmlinglo.utils.cli import type_name
+
+from .checks import Report
+from .splits import Split, as_list, first_line, size
 
 STRIDE = 32  # of LinGlo's last stage, in pixels
 
@@ -19,17 +21,18 @@ def check_variables(
     cfg: Config, splits: List[Split], report: Report, overridden: Sequence[str]
 ) -> None:
     """Check that the variables ``data_root`` and ``classes``, if the config has them, reach its data sets."""
-    root, classes = cfg.get('data_root'), cfg.get('classes')
-    roots = [osp.normpath(path) for path in (s.cfg.get('data_root') for s in splits) if path]
-    if isinstance(root, str) and roots and is_unused(cfg, 'data_root', overridden):
-        if osp.normpath(root) not in roots:
-            place = f'data_root = {root!r}, but the data sets read {roots[0]!r}'
-            report.add('variable-unused', 'config', place)
-    if isinstance(classes, (list, tuple)) and is_unused(cfg, 'classes', overridden):
-        for split in splits:
-            if split.classes is not None and list(classes) != list(split.classes):
-                place = f'classes = {short(classes)}, but {split.name} has {short(split.classes)}'
-                report.add('variable-unused', 'config', place)
+    roots = [osp.normpath(s.cfg['data_root']) for s in splits if s.cfg.get('data_root')]
+    classes = [list(split.classes) for split in splits if split.classes]
+    root, names = (
+        cfg.get(name) if is_unused(cfg, name, overridden) else None
+        for name in ('data_root', 'classes')
+    )
+    if isinstance(root, str) and roots and osp.normpath(root) not in roots:
+        place = f'data_root = {root!r}, but the data sets read {roots[0]!r}'
+        report.add('variable-unused', 'config', place)
+    if isinstance(names, (list, tuple)) and classes and list(names) not in classes:
+        place = f'classes = {short(names)}, but the data sets have {short(classes[0])}'
+        report.add('variable-unused', 'config', place)
 
 
 def is_unused(cfg: Config, name: str, overridden: Sequence[str]) -> bool:
@@ -44,40 +47,23 @@ def is_unused(cfg: Config, name: str, overridden: Sequence[str]) -> bool:
     return name in overridden or (rest != text and used is None)
 
 
-def check_metainfo(split: Split) -> bool:
-    """Check the classes of a data set. Return whether the other checks can use them."""
-    if isinstance(split.classes, str):
-        split.add('classes-text', repr(split.classes))
-        return False
-    palette = split.dataset.metainfo.get('palette')
-    if palette and split.classes and len(palette) < len(split.classes):
-        split.add('palette-short', f'{len(palette)} colours, {len(split.classes)} classes')
-    return True
-
-
 def check_model(cfg: Config, splits: List[Split], report: Report) -> None:
     """Compare the numbers of classes of heads, losses, preprocessor and metrics with the data sets."""
-    known = [(split, split.classes) for split in splits if split.classes]
+    known = [split for split in splits if split.classes]
     if not known:
         return
-    first, classes = known[0]
-    count = len(classes)
-    for split, theirs in known[1:]:
-        if list(theirs) != list(classes):
-            there, here = short(classes), short(theirs)
-            split.add('classes-differ', f'{there} in {first.name}, {here} here')
+    first, classes = known[0], list(known[0].classes)
+    for split in known:
+        if list(split.classes) != classes:
+            place = f'{short(classes)} in {first.name}, {short(split.classes)} here'
+            split.add('classes-differ', place)
+        for name, metric in split.evaluators:
+            if np.max(metric.get('topk', 1)) > len(classes):
+                place = f'{name}.topk = {metric["topk"]}, {len(classes)} classes'
+                report.add('topk', 'config', place)
     for path, node in model_nodes(cfg):
-        for key, number in class_counts(node):
-            if number != count:
-                place = f'{path}.{key} = {number}, {first.name} has {count}'
-                report.add('num-classes', 'config', place)
-        for check, problem in loss_problems(cfg, node, count):
-            report.add(check, 'config', f'{path}: {problem}')
-    for split, _ in known:
-        for name, evaluator in split.evaluators:
-            topk = evaluator.get('topk', 1)
-            if (topk if isinstance(topk, int) else max(topk)) > count:
-                report.add('topk', 'config', f'{name}.topk = {topk}, {count} classes')
+        for check, problem in node_problems(cfg, node, len(classes), first.name):
+            report.add(check, 'config', f'{path}{problem}')
 
 
 def model_nodes(cfg: Config) -> Iterator[Tuple[str, dict]]:
@@ -92,76 +78,80 @@ def model_nodes(cfg: Config) -> Iterator[Tuple[str, dict]]:
                 stack.append((f'{path}.{key}', value))
 
 
-def class_counts(node: dict) -> Iterator[Tuple[str, int]]:
-    """Find the numbers of classes of a part of the model, with the keys that state them."""
+def node_problems(cfg: Config, node: dict, count: int, where: str) -> Iterator[Tuple[str, str]]:
+    """Find numbers of classes, class weights and outputs of a decode head that do not fit the classes."""
+    classes, channels = node.get('num_classes'), node.get('out_channels')
     things, stuff = node.get('num_things_classes'), node.get('num_stuff_classes', 0)
-    if isinstance(node.get('num_classes'), int):
-        yield 'num_classes', node['num_classes']
-    elif isinstance(things, int):
-        yield f'num_things_classes + num_stuff_classes = {things} + {stuff}', things + stuff
-
-
-def loss_problems(cfg: Config, node: dict, count: int) -> Iterator[Tuple[str, str]]:
-    """Find class weights and outputs of a decode head that do not fit the classes."""
+    if isinstance(classes, int) and classes != count:
+        yield 'num-classes', f'.num_classes = {classes}, {where} has {count}'
+    elif classes is None and isinstance(things, int) and things + stuff != count:
+        total = f'num_stuff_classes = {things} + {stuff} = {things + stuff}'
+        yield 'num-classes', f'.num_things_classes + {total}, {where} has {count}'
     weights, file = node.get('class_weight'), ''
     if isinstance(weights, str) and not weights.endswith(('.pickle', '.pkl')):  # these can run code
         file = f' of {weights!r}'
         try:  # as mmseg reads it
             weights = np.load(weights).tolist() if weights.endswith('.npy') else load(weights)
         except Exception as error:  # a damaged file can raise anything
-            yield 'class-weight', f'class_weight{file} cannot be read: {first_line(error)}'
+            yield 'class-weight', f': class_weight{file} cannot be read: {first_line(error)}'
     if isinstance(weights, (list, tuple)) and not node.get('use_mask'):
-        scope, _, kind = str(node.get('type', '')).rpartition('.')
-        softmax = kind == 'CrossEntropyLoss' and not node.get('use_sigmoid')
-        background = softmax and (scope or cfg.get('default_scope')) == 'mmdet'
+        scope = str(node.get('type', '')).rpartition('.')[0] or cfg.get('default_scope')
+        background = scope == 'mmdet' and is_softmax(node)
+        needed = f'{count + background} are needed'
+        needed += ' (with one for the background)' * background
         if len(weights) != count + background:
-            place = f'class_weight{file} has {len(weights)} values, {count + background} are needed'
-            yield 'class-weight', place + ' (with one for the background)' * background
-    channels, classes = node.get('out_channels'), node.get('num_classes')
+            yield 'class-weight', f': class_weight{file} has {len(weights)} values, {needed}'
     if isinstance(channels, int) and isinstance(classes, int) and channels != classes:
-        losses = node.get('loss_decode', dict(type='CrossEntropyLoss'))
-        softmax = any(
-            type_name(loss['type']) == 'CrossEntropyLoss' and not loss.get('use_sigmoid')
-            for loss in ([losses] if isinstance(losses, dict) else losses)
-        )
+        losses = as_list(node.get('loss_decode', dict(type='CrossEntropyLoss')))
+        softmax = any(map(is_softmax, losses))
         if softmax or (channels, classes) != (1, 2):
             loss = ', and a softmax loss (use_sigmoid=False)' * softmax
-            yield 'out-channels', f'out_channels = {channels}, num_classes = {classes}{loss}'
+            yield 'out-channels', f': out_channels = {channels}, num_classes = {classes}{loss}'
+
+
+def is_softmax(loss: dict) -> bool:
+    return type_name(loss.get('type', '')) == 'CrossEntropyLoss' and not loss.get('use_sigmoid')
 
 
 def check_loaders(cfg: Config, splits: List[Split]) -> None:
     """Check that each loader yields batches, and that training and evaluation read different files."""
-    for split in splits:
-        count, batch_size = split.num_samples, split.loader.get('batch_size', 1)
-        times = repetitions(split.loader['dataset'], split.cfg)
-        count = count and count * (times or 1)
-        place = f'{count} samples, batch_size {batch_size}'
-        sampler = type_name(split.loader.get('sampler', {}).get('type', ''))
-        # Not endless, and not joined with others.
-        plain = not sampler.startswith('Infinite') and times is not None
-        drop_last = split.loader.get('drop_last', False)
-        if count == 0:
-            split.add('no-samples', f'{split.cfg.get("data_root")}: 0 samples')
-        elif count is not None and plain and drop_last and count < batch_size:
-            split.add('no-samples', f'{place}, drop_last True')
-        elif split.training and split.input_size and max(split.input_size) <= STRIDE:
-            last = (count or 0) % batch_size if plain and not drop_last else 0
-            backbone = type_name((cfg.model.get('backbone') or {}).get('type', ''))
-            if 1 in (batch_size, last) and backbone == 'LinGlo':
-                height, width = split.input_size
-                split.add('last-batch', f'{place}, input {width} x {height}')
+    is_linglo = type_name((cfg.model.get('backbone') or {}).get('type', '')) == 'LinGlo'
     train = [_source(split) for split in splits if split.training]
     for split in splits:
         if not split.training and _source(split) in train:
             split.add('same-data', str(split.cfg.get('data_root')))
+        if split.num_samples is None:
+            continue
+        times, batch_size = repetitions(split), split.loader.get('batch_size', 1)
+        count, drop_last = split.num_samples * (times or 1), split.loader.get('drop_last', False)
+        place = f'{count} samples, batch_size {batch_size}'
+        sampler = type_name(split.loader.get('sampler', {}).get('type', ''))
+        # Not endless, and not joined with others.
+        plain = not sampler.startswith('Infinite') and times is not None
+        last = count % batch_size if plain and not drop_last else 0
+        if count == 0:
+            split.add('no-samples', f'{split.cfg.get("data_root")}: 0 samples')
+        elif plain and drop_last and count < batch_size:
+            split.add('no-samples', f'{place}, drop_last True')
+        elif split.training and is_linglo and 1 in (batch_size, last):
+            shape = input_size(cfg, split)
+            if shape is not None and max(shape) <= STRIDE:
+                split.add('last-batch', f'{place}, input {size(shape)}')
 
 
-def repetitions(cfg: dict, leaf: dict) -> Optional[int]:
-    """How often a loader's data set yields each sample of one of its data sets; None if it chooses or joins."""
-    times = 1
-    while cfg != leaf and type_name(cfg.get('type', '')) == 'RepeatDataset':
+def input_size(cfg: Config, split: Split) -> Optional[Tuple[int, ...]]:
+    """Height and width of the network's inputs in pixels; None if the first samples give none."""
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    shape = next(filter(None, map(split.transformed_size, (split.samples or [])[:3])), None)
+    return shape and tuple(map(max, shape, preprocessor.get('size') or (0, 0)))
+
+
+def repetitions(split: Split) -> Optional[int]:
+    """How often the data loader yields each sample; None if its data set chooses or joins samples."""
+    times, cfg = 1, split.loader['dataset']
+    while cfg != split.cfg and type_name(cfg.get('type', '')) == 'RepeatDataset':
         times, cfg = times * cfg['times'], cfg['dataset']
-    return times if cfg == leaf else None
+    return times if cfg == split.cfg else None
 
 
 def _source(split: Split) -> tuple:

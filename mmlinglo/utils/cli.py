@@ -11,7 +11,7 @@ import sys
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import mmengine
 import torch
@@ -30,9 +30,9 @@ from .screen import quiet_screen
 WORKER_SETTINGS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')
 # Pages that describe the layouts of public data sets.
 LAYOUTS = {
-    'data/coco/': 'configs/coco',
-    'ADEChallengeData2016': 'configs/ade20k',
-    'data/imagenet': 'configs/imagenet',
+    'data/coco/': 'configs/coco/README.md',
+    'ADEChallengeData2016': 'configs/ade20k/README.md',
+    'data/imagenet': 'configs/imagenet/README.md',
 }
 # What mmengine's logging back ends import. pip knows the packages by the same names.
 LOG_PACKAGES = dict(
@@ -272,32 +272,37 @@ def check_data_files(cfg: Config, config: str, *splits: str) -> None:
         UsageError: Names the first that is missing, and where its layout is described.
     """
     for split in splits:
-        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
-        while isinstance(dataset, dict) and isinstance(dataset.get('dataset'), dict):
-            dataset = dataset['dataset']  # RepeatDataset and the like
-        if not isinstance(dataset, dict) or dataset.get('backend_args'):
-            continue
-        kind = dataset.get('type', '')
-        kind = kind if isinstance(kind, str) else kind.__name__
-        if 'MNIST' in kind or 'CIFAR' in kind:  # downloaded if need be
-            continue
-        prefix = dataset.get('data_prefix') or ''
-        names = [
-            dataset.get('ann_file'),
-            *(prefix.values() if isinstance(prefix, dict) else [prefix]),
-        ]
-        for name in filter(lambda name: isinstance(name, str), names):
-            path = osp.join(dataset.get('data_root') or '', name)
-            if path and '://' not in path and not osp.exists(path):
-                layout = next(
-                    (f'{page}/README.md' for folder, page in LAYOUTS.items() if folder in path),
-                    'docs/custom_dataset.md',
-                )
-                raise UsageError(
-                    f'{path!r}, which {split}_dataloader reads, not found\n'
-                    f'{layout} describes the layout, and '
-                    f'python tools/misc/check_dataset.py {config} checks the data'
-                )
+        for dataset in leaf_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}):
+            kind = type_name(dataset.get('type', ''))
+            if dataset.get('backend_args') or 'MNIST' in kind or 'CIFAR' in kind:
+                continue  # not on this disk, or downloaded if need be
+            prefix = dataset.get('data_prefix') or ''
+            prefixes = prefix.values() if isinstance(prefix, dict) else [prefix]
+            names = (name for name in (dataset.get('ann_file'), *prefixes) if isinstance(name, str))
+            for path in (osp.join(dataset.get('data_root') or '', name) for name in names):
+                if path and '://' not in path and not osp.exists(path):
+                    pages = (page for folder, page in LAYOUTS.items() if folder in path)
+                    raise UsageError(
+                        f'{path!r}, which {split}_dataloader reads, not found\n'
+                        f'{next(pages, "docs/custom_dataset.md")} describes the layout, and '
+                        f'python tools/misc/check_dataset.py {config} checks the data'
+                    )
+
+
+def leaf_datasets(dataset: dict) -> Iterator[dict]:
+    """Settings of the data sets in a wrapper such as RepeatDataset, or of the data set itself."""
+    if 'datasets' in dataset:  # ConcatDataset
+        for inner in dataset['datasets']:
+            yield from leaf_datasets(inner)
+    elif isinstance(dataset.get('dataset'), dict):
+        yield from leaf_datasets(dataset['dataset'])
+    else:
+        yield dataset
+
+
+def type_name(value: Any) -> str:
+    """Name of a ``type`` in a config: a class, or a text with or without a scope."""
+    return value.split('.')[-1] if isinstance(value, str) else value.__name__
 
 
 def _drop_worker_settings(cfg: Config) -> None:
@@ -320,8 +325,7 @@ def _use_one_log_writer(cfg: Config) -> None:
 def check_log_backends(cfg: Config) -> None:
     backends = (cfg.get('visualizer') or {}).get('vis_backends') or []
     for backend in backends:
-        kind = backend['type'] if isinstance(backend, dict) else backend
-        name = kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+        name = type_name(backend['type'] if isinstance(backend, dict) else backend)
         package = LOG_PACKAGES.get(name)
         if package is not None and importlib.util.find_spec(package) is None:
             raise UsageError(f'{name} needs another package: pip install {package}')

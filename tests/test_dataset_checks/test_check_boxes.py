@@ -76,7 +76,7 @@ BOX_DEFECTS = [
     ('class-order', swap_categories, "['dog', 'cat']", {'categories-differ'}),
     ('category-ignored', category_added, "'bird', 0 boxes", set()),
     ('category-duplicate', same_category_id, 'id 2', set()),
-    ('file-duplicate', same_file, 'train.json: 1.jpg', set()),
+    ('file-duplicate', same_file, "train.json: file_name '1.jpg'", set()),
     ('annotation-duplicate', annotation_set('id', 2), 'id 2', set()),
     ('annotation-incomplete', annotation_without('area'), 'annotations[0] lacks area', set()),
     ('annotation-incomplete', annotation_without('bbox'), 'annotations[0] lacks bbox', set()),

@@ -433,8 +433,9 @@ def test_compressed_counts_are_decoded_as_by_pycocotools():
             image = coco.Image(1, '', shape[1], shape[0])
             for counts, problem in ((text, None), (text[:-1], 'RLE')):
                 segmentation = dict(size=shape, counts=counts)
-                annotation = coco.Annotation(1, 1, 1, [], 1.0, segmentation=segmentation)
-                found = coco.mask_problem(annotation, image, (0, 0, *shape[::-1]))
+                box = [0, 0, *shape[::-1]]
+                annotation = coco.Annotation(1, 1, 1, box, 1.0, segmentation=segmentation)
+                found = coco.mask_problem(annotation, image)
                 assert found is None if problem is None else found.startswith(problem)
 
 

@@ -6,7 +6,7 @@ import pytest
 from dataset_experiment import H, W, for_task, write
 from mmengine.registry import TRANSFORMS, init_default_scope
 
-from mmlinglo.dataset_checks.segmentation import Reading
+from mmlinglo.dataset_checks.segmentation import class_numbers
 
 pytest_plugins = ['dataset_experiment']
 
@@ -129,7 +129,7 @@ def test_labels_become_classes_as_in_mmseg(reduce_zero_label, label_map, tmp_pat
             seg_fields=[],
         )
     )
-    reading = Reading(3, reduce_zero_label, label_map, ignore_index=255)
+    table = class_numbers(3, reduce_zero_label, label_map, ignore_index=255)
     for number, expected in enumerate(loaded['gt_seg_map'].ravel().tolist()):
         inside = expected in (0, 1, 2, 255)
-        assert reading.class_of(number) == (expected if inside else None)
+        assert table.get(number) == (expected if inside else None)

@@ -231,6 +231,8 @@ def test_data_that_are_there_or_elsewhere(tmp_path):
     for dataset in (there, wrapped, remote, downloaded, dict(there, ann_file='s3://bucket/a.json')):
         cfg = Config(dict(train_dataloader=dict(dataset=dataset), val_dataloader=None))
         cli.check_data_files(cfg, 'mine.py', 'train', 'val')
-    cfg.train_dataloader.dataset = dict(wrapped, dataset=dict(there, ann_file='a.json'))
-    with pytest.raises(UsageError, match=r'a\.json.* not found\ndocs/custom_dataset\.md'):
-        cli.check_data_files(cfg, 'mine.py', 'train')
+    joined = dict(type='ConcatDataset', datasets=[there, dict(there, ann_file='a.json')])
+    for dataset in (dict(wrapped, dataset=dict(there, ann_file='a.json')), joined):
+        cfg.train_dataloader.dataset = dataset
+        with pytest.raises(UsageError, match=r'a\.json.* not found\ndocs/custom_dataset\.md'):
+            cli.check_data_files(cfg, 'mine.py', 'train')

@@ -57,7 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         from mmlinglo.dataset_checks import check_datasets
     except ImportError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f'checking data sets needs {error.name}: pip install it') from error
     cfg = load_config(args.config, args.cfg_options)
     warnings.filterwarnings('ignore', message='`reduce_zero_label` will be deprecated')
     report = check_datasets(
@@ -72,11 +72,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.out is not None:
         with complete_file(Path(args.out)) as path:
             path.write_text(json.dumps(dict(config=args.config, **report.as_dict()), indent=2))
-    # Names in annotation files may hold what the terminal cannot show.
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(report.format(args.places).encode(encoding, 'backslashreplace').decode(encoding))
+    sys.stdout.reconfigure(errors='backslashreplace')  # names may hold what no terminal can show
+    print(report.format(args.places))
     return 1 if report.count('error') else 0
 
 
 if __name__ == '__main__':
-    run(lambda: sys.exit(main()))
+    run(main)

@@ -6,30 +6,28 @@ connection or an interruption, the same command goes on where it stopped.
 """
 
 import argparse
-import hashlib
 import shutil
 import sys
 import time
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
-from socket import timeout
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, Optional, Sequence
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-import rich.progress as bars
 from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import track, wrap_file
+from torchvision.datasets.utils import calculate_md5
 
 from mmlinglo.utils.cli import UsageError, run
 
 TRIES = 5  # one after another that bring no new byte
 PAUSE = 3.0  # seconds after the first of them; longer after each further one
 TIMEOUT = 60.0  # seconds without a byte
-BLOCK = 1 << 20
-NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, timeout)
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError)
 AGAIN = 'run the same command again: it goes on where it stopped'
 SCREEN = Console(stderr=True)
 
@@ -69,7 +67,7 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def receive(file: File, part: Path, bar: bars.Progress, task: bars.TaskID) -> None:
+def receive(file: File, part: Path) -> None:
     """Ask the server once for what is missing of a file. A server that cannot continue it starts over.
 
     Raises:
@@ -86,9 +84,9 @@ def receive(file: File, part: Path, bar: bars.Progress, task: bars.TaskID) -> No
                 f'{file.url}: the server offers {size:,} bytes, expected {file.size:,}. Look in a '
                 f'browser whether a proxy or a login page is in between, and {AGAIN}'
             )
-        bar.update(task, completed=start)
-        with part.open('ab' if start else 'wb') as out:
-            shutil.copyfileobj(bar.wrap_file(response, task_id=task), out, BLOCK)
+        bar = wrap_file(response, file.size - start, description=part.stem, console=SCREEN)
+        with part.open('ab' if start else 'wb') as out, bar as source:
+            shutil.copyfileobj(source, out, 1 << 20)
     if size_of(part) < file.size:
         raise ConnectionError('the connection was cut')
 
@@ -100,51 +98,48 @@ def download(file: File, part: Path) -> None:
         UsageError: If the network fails too often, or the server does not have the file.
     """
     tries, furthest = 0, size_of(part)
-    columns = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
-    with bars.Progress('{task.description}', bars.BarColumn(), *columns, console=SCREEN) as bar:
-        task = bar.add_task(part.stem, total=file.size)
-        while size_of(part) < file.size:
-            try:
-                receive(file, part, bar, task)
-            except NETWORK_ERRORS as error:
-                reason = f'{file.url}: {str(error) or type(error).__name__}'
-                refused = isinstance(error, HTTPError) and error.code < 500 and error.code != 429
-                tries = 1 if size_of(part) > furthest else tries + 1
-                furthest = max(furthest, size_of(part))
-                if refused or tries == TRIES:
-                    raise UsageError(f'{reason}. Later, {AGAIN}') from error
-                SCREEN.print(f'{reason}; trying again', markup=False, soft_wrap=True)
-                time.sleep(PAUSE * tries)
+    while size_of(part) < file.size:
+        try:
+            receive(file, part)
+        except NETWORK_ERRORS as error:
+            reason = f'{file.url}: {str(error) or type(error).__name__}'
+            refused = isinstance(error, HTTPError) and error.code < 500 and error.code != 429
+            tries = 1 if size_of(part) > furthest else tries + 1
+            furthest = max(furthest, size_of(part))
+            if refused or tries == TRIES:
+                raise UsageError(f'{reason}. Later, {AGAIN}') from error
+            SCREEN.print(f'{reason}; trying again', markup=False, soft_wrap=True)
+            time.sleep(PAUSE * tries)
 
 
-def check_sum(file: File, path: Path) -> None:
-    """Compare the md5 sum of a whole zip.
+def fetch(file: File, root: Path, keep_zip: bool) -> None:
+    """Download, check and unpack a zip. Its folder appears when it is complete.
 
     Raises:
-        UsageError: If it is another one. What this tool has downloaded is removed then.
+        UsageError: If it cannot be downloaded, or its md5 sum is wrong. What this tool has
+            downloaded is removed then.
     """
-    digest = hashlib.md5()
-    with bars.open(path, 'rb', description=f'md5 of {path.name}', console=SCREEN) as content:
-        while block := content.read(BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != file.md5:
-        remedy = 'Remove it and'
-        if path.suffix == '.part':
-            path.unlink()
-            remedy = 'It is removed;'
+    path = source = root / Path(file.url).name
+    if not path.exists():  # else of a start with --keep-zips, or downloaded by other means
+        source = path.with_suffix('.zip.part')
+        download(file, source)
+    SCREEN.print(f'checking the md5 sum of {source.name}')
+    digest = calculate_md5(source)
+    if digest != file.md5:
+        if source != path:
+            source.unlink()
+        remedy = 'Remove it and' if source == path else 'It is removed;'
         raise UsageError(
-            f'{path} has wrong bytes: md5 sum {digest.hexdigest()}, expected {file.md5}. {remedy} '
+            f'{source} has wrong bytes: md5 sum {digest}, expected {file.md5}. {remedy} '
             f'run the same command again, which downloads {file.url} from the start'
         )
-
-
-def unpack(archive: Path, target: Path) -> None:
-    """Unpack the folder ``target.name`` of a zip; ``target`` appears when it is complete."""
-    temporary = TemporaryDirectory('.unpacking', '.', target.parent)
-    with temporary as work, zipfile.ZipFile(archive) as file:
-        for member in bars.track(file.infolist(), f'unpacking {archive.name}', console=SCREEN):
-            file.extract(member, work)  # drops from the name what leads out of `work`
-        Path(work, target.name).replace(target)
+    source.replace(path)
+    with TemporaryDirectory('.unpacking', '.', root) as work, zipfile.ZipFile(path) as archive:
+        for member in track(archive.infolist(), f'unpacking {path.name}', console=SCREEN):
+            archive.extract(member, work)  # drops from the name what leads out of `work`
+        Path(work, file.folder).replace(root / file.folder)
+    if not keep_zip:
+        path.unlink()
 
 
 def confirm(files: Sequence[File], root: Path, licence: str, yes: bool) -> bool:
@@ -194,20 +189,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if missing and not confirm(missing, root, licence, args.yes):
             print('nothing downloaded')
             return 1
+        root.mkdir(parents=True, exist_ok=True)
         for file in missing:
-            root.mkdir(parents=True, exist_ok=True)
-            zip_path = root / Path(file.url).name
-            source = zip_path  # of a start with --keep-zips, or downloaded by other means
-            if not zip_path.exists():
-                source = zip_path.with_suffix('.zip.part')
-                download(file, source)
-            check_sum(file, source)
-            source.replace(zip_path)
-            unpack(zip_path, root / file.folder)
-            if not args.keep_zips:
-                zip_path.unlink()
+            fetch(file, root, args.keep_zips)
     except OSError as error:
-        raise UsageError(f'{file.url} cannot be stored: {error}. Mend that and {AGAIN}') from error
+        raise UsageError(f'cannot fill {root}: {error}. Mend that and {AGAIN}') from error
     except (EOFError, KeyboardInterrupt) as error:
         raise UsageError(f'interrupted. To finish, {AGAIN}') from error
     print(f'{root} is complete. Check it: python tools/misc/check_dataset.py configs/{config}.py')
