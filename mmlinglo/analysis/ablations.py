@@ -2,8 +2,9 @@
 """The paper's ablations (Sec. 5) as a campaign of short trainings: rows, orders, tables."""
 
 import itertools
+import math
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -86,10 +87,9 @@ def summarize(top1: pd.DataFrame, rows: List[str]) -> pd.DataFrame:
     Returns:
         Columns ``seeds``, ``top1_mean``, ``top1_min``, ``top1_max``, by ``row``.
     """
-    numbers = dict(seeds='size', top1_mean='mean', top1_min='min', top1_max='max')
-    found = top1.groupby('row').value.agg(list(numbers.values())).reindex(rows)
-    found.columns = list(numbers)
-    return found.assign(seeds=found.seeds.fillna(0).astype(int)).rename_axis('row')
+    found = top1.groupby('row').value
+    found = found.agg(seeds='size', top1_mean='mean', top1_min='min', top1_max='max')
+    return found.reindex(rows).fillna(dict(seeds=0)).astype(dict(seeds=int)).rename_axis('row')
 
 
 def order_rows(summary: pd.DataFrame) -> List[dict]:
@@ -105,30 +105,28 @@ def order_rows(summary: pd.DataFrame) -> List[dict]:
     Returns:
         One dict for each whole order and each of its pairs, with the differences in percentage points.
     """
-    table = []
+    table: List[dict] = []
     for title, labels in RANKED.items():
-        found = summary.reindex(list(labels)).fillna(dict(seeds=0))
         pairs = []
         for better, worse in itertools.combinations(labels, 2):
-            both, paper = found.loc[[better, worse]], [ROWS[n].paper_top1 for n in (better, worse)]
-            difference = spread = None
-            if both.seeds.min() > 0:
-                difference = float(both.top1_mean[better] - both.top1_mean[worse])
-            if both.seeds.min() > 1:
-                spread = float((both.top1_max - both.top1_min).max())
-            verdict = 'held' if (difference or 0) > 0 else 'did not hold'
-            if difference is None:
-                verdict = 'missing'
-            elif spread is None:
-                verdict = 'one seed: undecided'
-            elif abs(difference) <= spread:
-                verdict = 'within noise'
-            pair: Dict[str, Any] = dict(paper=title, order=f'{labels[better]} > {labels[worse]}')
-            pair['paper_difference'] = None if None in paper else round(paper[0] - paper[1], 2)
+            found = summary.reindex([better, worse]).fillna(dict(seeds=0))
+            difference = found.top1_mean[better] - found.top1_mean[worse]
+            spread = (found.top1_max - found.top1_min).max() if found.seeds.min() > 1 else math.nan
+            ours, theirs = (ROWS[name].paper_top1 or math.nan for name in (better, worse))
+            reasons = {
+                'missing': math.isnan(difference),
+                'one seed: undecided': math.isnan(spread),
+                'within noise': abs(difference) <= spread,
+                'held': difference > 0,
+                'did not hold': True,
+            }
+            verdict = next(reason for reason, holds in reasons.items() if holds)
+            order, paper_difference = f'{labels[better]} > {labels[worse]}', round(ours - theirs, 2)
+            pair = dict(paper=title, order=order, paper_difference=paper_difference)
             pairs.append(dict(pair, difference=difference, spread=spread, verdict=verdict))
         whole = min((pair['verdict'] for pair in pairs), key=VERDICTS.index)
         table += [dict(paper=title, order=' > '.join(labels.values()), verdict=whole), *pairs]
-    return table
+    return list_rows(pd.DataFrame(table))
 
 
 def write_results(
@@ -169,9 +167,8 @@ def write_results(
         form = ('missing', '{:.2f}', '{:.2f} ({:.2f}-{:.2f})')[min(row['seeds'], 2)]
         row['top1'] = form.format(*numbers)
     for row in orders:
-        forms = dict(difference='+.2f', paper_difference='+.2f', spread='.2f')
-        given = {key: form for key, form in forms.items() if row.get(key) is not None}
-        row.update({key: format(row[key], form) for key, form in given.items()})
+        for key, form in dict(difference='+.2f', paper_difference='+.2f', spread='.2f').items():
+            row[key] = row[key] and format(row[key], form)
     parts = [
         f'# {heading}',
         'Top-1 accuracy on the test images after the last epoch.',

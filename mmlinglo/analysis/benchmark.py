@@ -1,7 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Latency, memory and size of backbones against each other, at one size of images and over many."""
 
-import math
 import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from mmlinglo.analysis.peers import STAGES, build_backbone, find_peer
 
 FORMS = ('trained', 'fused')
 DTYPES = ('float32', 'float16', 'bfloat16', 'autocast')
-DIVISOR = 32  # to whose multiple the toolboxes' data preprocessors pad images for detection
+STRIDE = 32  # of the last map
 SMALL = (64, 64)  # images whose step loads the libraries before another's memory is measured
 TIMES = ('latency_lower_ms', 'latency_ms', 'latency_upper_ms', 'images_per_s')
 FIRST_STEP = ('peak_memory_mib', 'first_call_s')
@@ -58,7 +57,7 @@ class Setting:
         if torch.device(self.device).type == 'cuda' and not torch.cuda.is_available():
             raise ValueError(f'device {self.device!r}: PyTorch finds no GPU here, use a CPU')
         # In training, a last map of one position is too little for batch norms.
-        least = 2 * DIVISOR if self.train_step else DIVISOR
+        least = 2 * STRIDE if self.train_step else STRIDE
         if min(self.shape) < least:
             raise ValueError(
                 f'images must be at least {least} pixels high and wide, got {self.shape}'
@@ -80,12 +79,6 @@ class Setting:
         model, images = self.build()
         run = torch.compile(model) if self.compiled else model
         return make_step(run, images, train_step=self.train_step, autocast=self.dtype == 'autocast')
-
-
-def pad(shape: Sequence[int]) -> Tuple[int, int]:
-    """Pad a height and width as for detection, such as 800 x 1333 to 800 x 1344."""
-    height, width = (math.ceil(length / DIVISOR) * DIVISOR for length in shape)
-    return height, width
 
 
 def list_settings(
@@ -174,22 +167,20 @@ def time_settings(settings: Sequence[Any], rounds: int) -> Dict[Any, List[float]
     return time_steps({setting: setting.build_step() for setting in settings}, rounds)
 
 
-def profile(small: Any, setting: Any, limit_gib: Optional[float] = None) -> Tuple[float, float]:
+def profile(small: Any, setting: Any) -> Tuple[float, float]:
     """Measure the first step of a :class:`Setting` or the like, after that of a small one.
 
     See :func:`~mmlinglo.analysis.memory.measure_first_step`.
     """
     small.build_step()()
-    return measure_first_step(setting.build_step, getattr(setting, 'device', 'cpu'), limit_gib)
+    return measure_first_step(setting.build_step, getattr(setting, 'device', 'cpu'))
 
 
 def measure_backbones(
     settings: Sequence[Setting],
     shapes: Sequence[Tuple[int, int]],
     rounds: int = 10,
-    threads: Optional[int] = None,
     memory: bool = True,
-    memory_limit: Optional[float] = None,
     max_seconds: Optional[float] = None,
 ) -> Iterator[dict]:
     """Measure backbones at growing sizes, each until it is too slow, crashes or is out of memory.
@@ -202,9 +193,7 @@ def measure_backbones(
         settings: See :func:`list_settings`; their shape is without effect.
         shapes: Heights and widths of the images in pixels.
         rounds: Rounds of timing, at least 2.
-        threads: CPU threads; None for PyTorch's default.
         memory: Whether to measure memory, a few seconds each; never of compiled ones, as it is the compiler's.
-        memory_limit: Memory in GiB that one may take; None for what there is.
         max_seconds: Time that the first call, by which memory is measured, may take; None for no limit.
 
     Yields:
@@ -218,43 +207,36 @@ def measure_backbones(
     for shape in sorted(set(shapes)):
         rows = {each: describe(each) for each in (replace(s, shape=shape) for s in settings)}
         if memory:
-            _measure_memory(rows, threads, memory_limit, max_seconds)
-        _measure_latency(rows, rounds, threads)
+            _measure_memory(rows, max_seconds)
+        _measure_latency(rows, rounds)
         settings = [setting for setting, row in rows.items() if row['status'] == 'ok']
         yield from rows.values()
 
 
-def _measure_memory(
-    rows: Dict[Setting, dict],
-    threads: Optional[int],
-    limit: Optional[float],
-    max_seconds: Optional[float],
-) -> None:
+def _measure_memory(rows: Dict[Setting, dict], max_seconds: Optional[float]) -> None:
     for setting, row in rows.items():
         # What does not fit eagerly is not tried compiled.
         row['status'] = rows.get(replace(setting, compiled=False), row)['status']
         if setting.compiled:
             continue
         try:
-            small = replace(setting, shape=SMALL)
-            found = call_in_fresh_process(profile, small, setting, limit, threads=threads)
+            found = call_in_fresh_process(profile, replace(setting, shape=SMALL), setting)
         except OutOfMemoryError:
             row['status'] = 'out of memory'
         except ProcessExitedException:
-            # Libraries that do not check their allocations crash at the limit.
-            row['status'] = 'crashed' if limit is None else 'out of memory'
+            row['status'] = 'crashed'
         else:
             row.update(zip(FIRST_STEP, found))
             if max_seconds is not None and row['first_call_s'] > max_seconds:
                 row['status'] = 'too slow'
 
 
-def _measure_latency(rows: Dict[Setting, dict], rounds: int, threads: Optional[int]) -> None:
+def _measure_latency(rows: Dict[Setting, dict], rounds: int) -> None:
     fitting = [setting for setting, row in rows.items() if row['status'] == 'ok']
     if not fitting:
         return
     try:
-        times = call_in_fresh_process(time_settings, fitting, rounds, threads=threads)
+        times = call_in_fresh_process(time_settings, fitting, rounds)
     except OutOfMemoryError:
         for setting in fitting:
             rows[setting]['status'] = 'out of memory'
@@ -273,22 +255,14 @@ def describe(setting: Setting) -> Dict[str, Any]:
         macs = count_complexity(model, image).macs / 1e9
     except ValueError as error:  # an operator without a rule, in some version of a peer
         not_counted = str(error)
-    return dict(
-        model=setting.model,
-        form=FORMS[setting.fused],
-        engine='compiled' if setting.compiled else 'eager',
-        height=setting.shape[0],
-        width=setting.shape[1],
-        batch_size=setting.batch_size,
-        status='ok',
-        **dict.fromkeys((*TIMES, *FIRST_STEP)),
-        params_m=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        macs_g=macs,
-        not_counted=not_counted,
-        top1=peer.top1,
-        top1_source=peer.source,
-        distilled=peer.distilled,
-    )
+    height, width = setting.shape
+    engine = 'compiled' if setting.compiled else 'eager'
+    row: Dict[str, Any] = dict(model=setting.model, form=FORMS[setting.fused], engine=engine)
+    row.update(height=height, width=width, batch_size=setting.batch_size, status='ok')
+    row.update(dict.fromkeys((*TIMES, *FIRST_STEP)))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    row.update(params_m=params / 1e6, macs_g=macs, not_counted=not_counted)
+    return dict(row, top1=peer.top1, top1_source=peer.source, distilled=peer.distilled)
 
 
 def add_ratios(rows: List[dict], reference: str) -> None:

@@ -249,8 +249,8 @@ def read_run(work_dir: Path) -> pd.DataFrame:
     Raises:
         ValueError: If a log is damaged.
     """
-    logs = work_dir.glob('*/vis_data/scalars.json')
-    if not any(METRIC in log.read_text() for log in logs):
+    logs = [log.read_text() for log in work_dir.glob('*/vis_data/scalars.json')]
+    if not any(METRIC in log.rpartition('\n')[0] for log in logs):
         return pd.DataFrame(dict(step=[], value=[]))
     return read_scalars(work_dir, METRIC)
 

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
@@ -26,11 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 import mmlinglo
-from mmlinglo.utils.deploy import (
-    count_input_channels,
-    stop_masking_padding,
-    switch_to_deploy,
-)
+from mmlinglo.utils.deploy import count_input_channels, stop_masking_padding, switch_to_deploy
 
 # Operators without a product, besides views and those that torch marks as pointwise or reduction.
 NO_PRODUCTS = frozenset(
@@ -149,9 +145,8 @@ def count_forms(model: nn.Module, shape: Tuple[int, int]) -> Dict[str, Complexit
         stop_masking_padding(twin)
         if hasattr(twin, 'roi_head'):
             twin.forward = MethodType(_forward_with_most_regions, twin)
-    sample = BaseDataElement(
-        metainfo=dict(batch_input_shape=shape, img_shape=shape, ori_shape=shape)
-    )
+    sizes = dict.fromkeys(('batch_input_shape', 'img_shape', 'ori_shape'), shape)
+    sample = BaseDataElement(metainfo=sizes)
     # Deformable attention compares the sizes of the maps, which are tensors there.
     on_zeros = hasattr(model, 'decoder') or hasattr(model, 'panoptic_head')
     return {
@@ -197,13 +192,17 @@ def image_shape(cfg: Config) -> Tuple[int, int]:
             elif name.endswith('Resize') and 'scale' in step:
                 size = step.scale if isinstance(step.scale, int) else step.scale[::-1]
     if size is None:
-        raise ValueError('the config sets no fixed size for test images')
+        raise ValueError('the config sets no fixed size for test images, so give one (--shape)')
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def padded_shape(model: nn.Module, shape: Tuple[int, int]) -> Tuple[int, int]:
+def padded_shape(model: nn.Module, shape: Sequence[int]) -> Tuple[int, int]:
     """Height and width in pixels to which the model's data preprocessor pads an image of ``shape``."""
-    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    return pad(shape, getattr(model.data_preprocessor, 'pad_size_divisor', 1))
+
+
+def pad(shape: Sequence[int], divisor: int = 32) -> Tuple[int, int]:
+    """Pad a height and width to multiples, such as 800 x 1333 to 800 x 1344 for detection."""
     height, width = (math.ceil(length / divisor) * divisor for length in shape)
     return height, width
 
@@ -215,11 +214,10 @@ def complexity_rows(forms: Dict[str, Complexity]) -> List[dict]:
     """
     rows = []
     for form, found in forms.items():
+        params = dict(found.parameters, total=found.params)
         total = sum(map(Counter, found.operators.values()), Counter())
-        parts = {part: (found.parameters[part], macs) for part, macs in found.operators.items()}
-        for part, (params, operators) in {**parts, 'total': (found.params, total)}.items():
-            numbers = dict(params_m=params / 1e6, macs_g=sum(operators.values()) / 1e9)
-            rows.append(dict(form=form, part=part, operator='all', **numbers))
-            for operator, macs in operators.items():
-                rows.append(dict(form=form, part=part, operator=operator, macs_g=macs / 1e9))
+        for part, macs in dict(found.operators, total=total).items():
+            row, macs_g = dict(form=form, part=part), sum(macs.values()) / 1e9
+            rows.append(dict(row, operator='all', params_m=params[part] / 1e6, macs_g=macs_g))
+            rows += [dict(row, operator=name, macs_g=macs[name] / 1e9) for name in macs]
     return rows

@@ -1,6 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """Scalars that trainings logged, as curves (the paper's Fig. 5)."""
 
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -8,34 +9,59 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 
-def read_scalars(work_dir: Path, key: str) -> pd.DataFrame:
-    """Read one scalar that mmengine logged, over a whole training.
+def read_log(work_dir: Path) -> pd.DataFrame:
+    """Read what mmengine logged over a whole training, of which a resumed one has several parts.
 
-    A resumed training has a ``<timestamp>/vis_data/scalars.json`` for each of its parts. From the first
-    step that a later part logged, the earlier ones no longer count, since the training went on from before
-    it. A name that both training and validation lines have, such as ``time``, means the training's. Lines
-    of step 0 come from validations outside any training and are left out.
+    Lines of step 0 come from validations outside any training and are left out, as is half a line
+    at the end, of a training that runs or was killed.
 
     Args:
         work_dir: Work dir of a training, or one of its timestamp folders.
+
+    Returns:
+        A column for each scalar, and ``step`` and ``part``.
+
+    Raises:
+        FileNotFoundError: If there is no log, or nothing in it.
+        ValueError: If a log is damaged.
+    """
+    folder, parts = Path(work_dir), []
+    files = [*folder.glob('vis_data/scalars.json'), *folder.glob('*/vis_data/scalars.json')]
+    for part, file in enumerate(sorted(files)):
+        whole = file.read_text(errors='replace').rpartition('\n')[0] or '{"step": 0}'
+        try:
+            lines = pd.read_json(StringIO(whole), lines=True).assign(part=part)
+            if lines.step.isna().any():
+                raise ValueError('a line has no step')
+            parts.append(lines[lines.step > 0])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f'{str(file)!r} is no log, or a damaged one: {error}') from error
+    if not any(map(len, parts)):
+        raise FileNotFoundError(
+            f'{str(work_dir)!r} has nothing in <timestamp>/vis_data/scalars.json: give the work dir '
+            'of a training that has logged something'
+        )
+    return pd.concat(filter(len, parts))
+
+
+def read_scalars(work_dir: Path, key: str) -> pd.DataFrame:
+    """Read one scalar of a training's log.
+
+    From the first step that a later part logged, the earlier ones no longer count, since the
+    training went on from before it. A name that both training and validation lines have, such as
+    ``time``, means the training's.
+
+    Args:
+        work_dir: See :func:`read_log`, also for what is raised.
         key: Name of the scalar, such as ``accuracy/top1`` or ``loss``.
 
     Returns:
         Columns ``step``, ``value``, and ``unit``: what a step counts, ``'epoch'`` or ``'iteration'``.
 
     Raises:
-        FileNotFoundError: If there is no log in ``work_dir``.
-        ValueError: If no line has ``key``, or a file is damaged.
+        ValueError: If no line has ``key``.
     """
-    work_dir = Path(work_dir)
-    files = [*work_dir.glob('vis_data/scalars.json'), *work_dir.glob('*/vis_data/scalars.json')]
-    parts = [_read(file, number) for number, file in enumerate(sorted(files))]
-    if not parts:
-        raise FileNotFoundError(
-            f'{str(work_dir)!r} has no <timestamp>/vis_data/scalars.json: give the work dir of a '
-            'training that has logged something'
-        )
-    lines = pd.concat(parts)
+    lines = read_log(work_dir)
     if key not in {*lines} - {'part', 'step'}:
         names = ', '.join(sorted({*lines} - {'part', 'step', 'iter', 'epoch'}))
         raise ValueError(f'{str(work_dir)!r} has no scalar {key!r} after step 0; it has: {names}')
@@ -49,17 +75,6 @@ def read_scalars(work_dir: Path, key: str) -> pd.DataFrame:
     points = points[~(points.step >= later)].sort_values('step')
     unit = 'epoch' if by_epoch and not of_training else 'iteration'
     return pd.DataFrame(dict(step=points.step, value=points[key].astype(float), unit=unit))
-
-
-def _read(file: Path, number: int) -> pd.DataFrame:
-    try:
-        lines = pd.read_json(file, lines=True).assign(part=number)
-        if lines.step.isna().any():
-            raise ValueError('a line has no step')
-        lines = lines[lines.step > 0]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'{str(file)!r} is no log, or a damaged one: {error}') from error
-    return lines if len(lines) else pd.DataFrame()
 
 
 def common_steps(runs: pd.DataFrame) -> pd.DataFrame:
@@ -76,12 +91,12 @@ def common_steps(runs: pd.DataFrame) -> pd.DataFrame:
     number = runs.groupby('label').run.transform('nunique')
     found = runs.assign(value=runs.value.mask(steps.value.transform(lambda x: x.isna().any())))
     found = found[steps.run.transform('nunique') == number]
-    for label in runs.label.unique():
-        if label not in set(found.label):
-            raise ValueError(
-                f'{label!r}: the runs of one curve have no step in common: were they trained with '
-                'the same settings?'
-            )
+    lost = set(runs.label) - set(found.label)
+    if lost:
+        raise ValueError(
+            f'{min(lost)!r}: the runs of one curve have no step in common: were they trained with '
+            'the same settings?'
+        )
     return found
 
 

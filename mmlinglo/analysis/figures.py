@@ -3,10 +3,11 @@
 
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Tuple, Union
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -20,7 +21,8 @@ from mmlinglo.analysis.report import save_figure
 # Where a label may stand: how far from its point, in typographic points, and on which side; the best first.
 DISTANCES = (6, 13, 21)
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
-STATUSES = {'out of memory': 'x', 'too slow': '^', 'crashed': '+'}  # and the marker of each
+STATUSES = {'out of memory': 'X', 'too slow': '^', 'crashed': 'P'}  # and the marker of each
+QUARTILES = ['latency_lower_ms', 'latency_ms', 'latency_upper_ms']
 Rows = List[dict]
 
 
@@ -35,17 +37,10 @@ def plot_accuracy(rows: Rows, title: str, out: Union[str, Path]) -> None:
     table = pd.DataFrame(rows).query("engine == 'eager'").dropna(subset=['latency_ms', 'top1'])
     table = table.sort_values('latency_ms').drop_duplicates('model')
     table = table.assign(label=[ALL[model].label for model in table.model])
-    figure = Figure(figsize=(9, 6), layout='constrained')
-    axes = figure.subplots()
-    figure.suptitle(title, fontsize=11)
     points = table.rename(columns=dict(latency_ms='x', top1='y'))
-    _draw_points(axes, points, "LinGlo (the Paper's Claim, Not Reproduced)")
-    axes.set_xscale('log')
-    _plain_log_axis(axes.xaxis)
-    axes.set_xlabel('Latency (Milliseconds per Batch)')
-    axes.set_ylabel('Published ImageNet-1K Top-1 Accuracy (%)')
-    _label_points(axes, points)
-    save_figure(figure, out)
+    axis = dict(xscale='log', xlabel='Latency (Milliseconds per Batch)')
+    axis.update(ylabel='Published ImageNet-1K Top-1 Accuracy (%)', title=title)
+    _plot_panels([(points, axis)], "LinGlo (the Paper's Claim, Not Reproduced)", out)
 
 
 def plot_comparison(rows: Rows, out: Union[str, Path]) -> None:
@@ -55,22 +50,15 @@ def plot_comparison(rows: Rows, out: Union[str, Path]) -> None:
         rows: From :func:`~mmlinglo.analysis.peers.compare_backbone`; those without either are left out.
         out: Path without suffix; folders are made.
     """
-    by_task = pd.DataFrame(rows).groupby('task', sort=False)
-    figure = Figure(figsize=(6.5 * len(by_task), 6), layout='constrained')
-    panels = figure.subplots(1, len(by_task), squeeze=False)[0]
-    drawn = []
-    for axes, (name, table) in zip(panels, by_task):
+    panels = []
+    for name, table in pd.DataFrame(rows).groupby('task', sort=False):
         task = TASKS[name]
         names = {'backbone': 'label', 'deployed_macs_g': 'x', task.columns[1]: 'y'}
         points = table.reindex(columns=list(names)).rename(columns=names).dropna()
-        drawn.append(points.assign(distilled=False))
-        _draw_points(axes, drawn[-1], 'LinGlo, Deployed')
-        axes.set_title(task.title)
-        axes.set_xlabel('Multiply-Adds for {} x {} Pixels (Billions)'.format(*task.shape))
-        axes.set_ylabel(f'{task.accuracy} in the Paper')
-    for axes, points in zip(panels, drawn):
-        _label_points(axes, points)
-    save_figure(figure, out)
+        xlabel = 'Multiply-Adds for {} x {} Pixels (Billions)'.format(*task.shape)
+        axis = dict(title=task.title, xlabel=xlabel, ylabel=f'{task.accuracy} in the Paper')
+        panels.append((points.assign(distilled=False), axis))
+    _plot_panels(panels, 'LinGlo, Deployed', out)
 
 
 def plot_sweep(rows: Rows, title: str, out: Union[str, Path]) -> None:
@@ -84,37 +72,38 @@ def plot_sweep(rows: Rows, title: str, out: Union[str, Path]) -> None:
         title: Title of the figure.
         out: Path without suffix; folders are made.
     """
-    numbers = ['latency_ms', 'latency_lower_ms', 'latency_upper_ms', 'peak_memory_mib']
-    table = pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
-    widths, models = sorted(set(table.width)), table.groupby('model', sort=False)
+    table = pd.DataFrame(rows)
+    table['model'] = [ALL[model].label for model in table.model]
+    table['form'] = table.form + ', ' + table.engine
+    ranks = {model: rank for rank, model in enumerate(table.model.unique())}
     figure = Figure(figsize=(12, 5.5), layout='constrained')
     figure.suptitle(title, fontsize=11)
-    ylabels = ('Latency (Milliseconds per Batch)', 'Peak Memory (Mebibytes)')
+    names = {'Latency (Milliseconds per Batch)': QUARTILES}
+    names['Peak Memory (Mebibytes)'] = ['peak_memory_mib']
     handles: Dict[str, Any] = {}
-    for axes, key, ylabel in zip(figure.subplots(1, 2), ('latency_ms', 'peak_memory_mib'), ylabels):
-        for number, (model, mine) in enumerate(models):
-            label, color = ALL[model].label, f'C{number}'
-            mine.plot('width', key, ax=axes, color=color, label=label, marker='osDvP*'[number % 6])
-            if key == 'latency_ms':
-                band = mine.latency_lower_ms, mine.latency_upper_ms
-                axes.fill_between(mine.width, *band, color=color, alpha=0.25, lw=0)
-            for row in mine[mine[key].isna()].itertuples():
-                top, name = 0.97 - 0.045 * number, f'{label}: {row.status.title()}'
-                place: Dict[str, Any] = dict(transform=axes.get_xaxis_transform(), mew=2, ls='')
-                axes.plot(row.width, top, STATUSES[row.status], color=color, label=name, **place)
-        axes.set_xscale('log')
-        if table[key].notna().any():
+    for axes, (ylabel, columns) in zip(figure.subplots(1, 2), names.items()):
+        points = table.melt(['model', 'form', 'width', 'status'], columns).rename(columns=str.title)
+        points['Value'] = points.Value.astype(float)
+        how: Dict[str, Any] = dict(x='Width', y='Value', hue='Model', ax=axes)
+        band = dict(estimator='median', errorbar=('pi', 100))
+        sns.lineplot(points, style='Form', marker='o', **band, **how)
+        stopped = points[points.Value.isna()].query('Status != "ok"')
+        stopped = stopped.assign(Value=0.97 - 0.045 * stopped.Model.map(ranks))
+        place = dict(transform=axes.get_xaxis_transform(), hue_order=list(ranks), s=60)
+        if len(stopped):
+            sns.scatterplot(stopped, style='Status', markers=STATUSES, **place, **how)
+        axes.set(xscale='log', xlabel='Image Height and Width (Pixels)', ylabel=ylabel)
+        if points.Value.notna().any():
             axes.set_yscale('log')
             low, high = axes.get_ylim()
-            axes.set_ylim(low, high * (high / low) ** (0.05 * len(models)))  # room for markers
+            axes.set_ylim(low, high * (high / low) ** (0.05 * len(ranks)))  # room for markers
             _plain_log_axis(axes.yaxis)
-        axes.set_xticks(widths, widths)
+        axes.set_xticks(table.width.unique(), table.width.unique())
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel='Image Height and Width (Pixels)', ylabel=ylabel)
         axes.grid(alpha=0.3)
         axes.get_legend().remove()
         handles.update(zip(*reversed(axes.get_legend_handles_labels())))
-    figure.legend(handles.values(), handles, loc='outside lower center', ncols=3, fontsize=9)
+    figure.legend(handles.values(), handles, loc='outside lower center', ncols=4, fontsize=9)
     save_figure(figure, out)
 
 
@@ -140,27 +129,32 @@ def plot_complexity(rows: Rows, title: str, out: Union[str, Path]) -> None:
     save_figure(figure, out)
 
 
-def _draw_points(axes: Axes, points: pd.DataFrame, ours: str) -> None:
+def _plot_panels(
+    panels: List[Tuple[pd.DataFrame, Dict[str, Any]]], ours: str, out: Union[str, Path]
+) -> None:
     """Draw points with columns label, x, y, distilled: LinGlo's joined by a line, the others without."""
-    is_ours, distilled = (
-        points.label.astype(str).str.startswith('LinGlo'),
-        points.distilled.astype(bool),
-    )
-    teacher = 'Others, Trained with a Teacher'
-    for chosen, label, marker, style in (
-        (is_ours, ours, 'o-', dict(color='tab:red', ms=8)),
-        (~is_ours & ~distilled, 'Others', 's', dict(color='tab:gray')),
-        (~is_ours & distilled, teacher, 's', dict(color='tab:gray', fillstyle='none')),
-    ):
-        mine = points[chosen].sort_values('x')
-        if len(mine):
-            axes.plot(mine.x, mine.y, marker, label=label, **style)
-    axes.margins(x=0.2, y=0.1)
-    axes.grid(alpha=0.3)
-    if len(points):
-        axes.legend(loc='lower right')
-    else:
-        axes.text(0.5, 0.5, 'No Data', transform=axes.transAxes, ha='center')
+    figure = Figure(figsize=(2.5 + 6.5 * len(panels), 6), layout='constrained')
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    others, teacher = 'Others', 'Others, Trained with a Teacher'
+    for axes, (points, axis) in zip(grid, panels):
+        is_ours = points.label.astype(str).str.startswith('LinGlo')
+        kinds = np.select([is_ours, points.distilled.astype(bool)], [ours, teacher], others)
+        for kind, mine in points.sort_values('x').groupby(pd.Series(kinds, points.index)):
+            marker, color, size = ('o-', 'tab:red', 8) if kind == ours else ('s', 'tab:gray', 6)
+            fill = 'none' if kind == teacher else 'full'
+            axes.plot(mine.x, mine.y, marker, color=color, ms=size, fillstyle=fill, label=kind)
+        axes.margins(x=0.2, y=0.1)
+        axes.grid(alpha=0.3)
+        axes.set(**axis)
+        if axes.get_xscale() == 'log':
+            _plain_log_axis(axes.xaxis)
+        if len(points):
+            axes.legend(loc='lower right')
+        else:
+            axes.text(0.5, 0.5, 'No Data', transform=axes.transAxes, ha='center')
+    for axes, (points, _) in zip(grid, panels):
+        _label_points(axes, points)
+    save_figure(figure, out)
 
 
 def _label_points(axes: Axes, points: pd.DataFrame) -> None:

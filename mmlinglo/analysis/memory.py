@@ -4,10 +4,9 @@
 import ctypes
 import gc
 import re
-import resource
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Any, Callable, Tuple, Union
 
 import torch
 from torch.multiprocessing import ProcessExitedException, get_context, spawn
@@ -15,22 +14,18 @@ from torch.utils.benchmark import timer
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h: larger blocks are mappings of their own
-Device = Union[str, torch.device]
 
 
 class OutOfMemoryError(Exception):
-    """A computation needed more memory than there is, or than it was allowed."""
+    """A computation needed more memory than there is."""
 
 
-def call_in_fresh_process(
-    function: Callable[..., Any], *args: Any, threads: Optional[int] = None
-) -> Any:
-    """Call a function in a new Python process and return its result.
+def call_in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a new Python process, with as many CPU threads, and return its result.
 
     Args:
         function: A function of a module, so that it can be pickled.
         args: Its arguments; they and the result must be picklable.
-        threads: CPU threads; None for PyTorch's default.
 
     Raises:
         OutOfMemoryError: If an allocation failed, or the system killed the process, as Linux does when
@@ -41,7 +36,7 @@ def call_in_fresh_process(
     """
     receiver, sender = get_context('spawn').Pipe(duplex=False)
     try:
-        spawn(_send_result, (sender, threads, function, args))
+        spawn(_send_result, (sender, torch.get_num_threads(), function, args))
     except ProcessExitedException as error:
         if error.signal_name == 'SIGKILL':
             raise OutOfMemoryError(str(error)) from error
@@ -54,9 +49,9 @@ def call_in_fresh_process(
 
 
 def _send_result(
-    _: int, sender: Connection, threads: Optional[int], function: Callable[..., Any], args: tuple
+    _: int, sender: Connection, threads: int, function: Callable[..., Any], args: tuple
 ) -> None:
-    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.set_num_threads(threads)
     torch.zeros(2**24).add_(1)  # starts all of them: their stacks are not the function's memory
     try:
         sender.send((function(*args), ''))
@@ -67,7 +62,7 @@ def _send_result(
 
 
 def measure_first_step(
-    build: Callable[[], Callable[[], object]], device: Device, limit_gib: Optional[float] = None
+    build: Callable[[], Callable[[], object]], device: Union[str, torch.device]
 ) -> Tuple[float, float]:
     """Measure a model's first step: weights, inputs and all that the step makes.
 
@@ -83,14 +78,11 @@ def measure_first_step(
     Args:
         build: Makes everything that the step needs and returns the step.
         device: Where the work is done.
-        limit_gib: Memory that this process may take, from now on, beyond the level before ``build``; None for
-            no limit.
 
     Returns:
         Peak memory in MiB, and the time of the step in seconds.
 
     Raises:
-        OutOfMemoryError: If the step needs more memory than there is or is allowed.
         OSError: On a CPU without Linux's ``/proc``.
     """
     device = torch.device(device)
@@ -99,24 +91,15 @@ def measure_first_step(
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = torch.cuda.memory_allocated(device) if on_gpu else _read_status('VmRSS')
-    try:
-        if limit_gib is not None:
-            limit_memory(limit_gib, device)
-        step = build()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM, see proc(5)
-        start = timer()  # waits for the device
-        step()
-        seconds = timer() - start
-    except Exception as error:
-        # oneDNN, refused an allocation at the limit, says only this.
-        refused = limit_gib is not None and 'could not create a primitive' in str(error)
-        if refused or is_out_of_memory(error):
-            raise OutOfMemoryError(str(error)) from error
-        raise
+    step = build()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM, see proc(5)
+    start = timer()  # waits for the device
+    step()
+    seconds = timer() - start
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else _read_status('VmHWM')
     return (peak - before) / MIB, seconds
 
@@ -128,21 +111,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     # Neither torch's CPU allocator nor C++'s nor oneDNN's has an exception of its own.
     message = 'DefaultCPUAllocator|bad_alloc|could not create a memory'
     return isinstance(error, RuntimeError) and re.search(message, str(error)) is not None
-
-
-def limit_memory(limit_gib: float, device: torch.device) -> None:
-    """Let allocations fail, from now on, beyond ``limit_gib`` GiB more than this process has now.
-
-    On a CPU this limits the private memory of the process (``RLIMIT_DATA``), on a GPU torch's allocator.
-    """
-    if device.type == 'cuda':
-        total = torch.cuda.get_device_properties(device).total_memory
-        limit = torch.cuda.memory_reserved(device) + limit_gib * 2**30
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-    else:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        soft = _read_status('VmData') + int(limit_gib * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _read_status(name: str) -> int:

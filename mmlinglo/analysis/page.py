@@ -4,22 +4,19 @@
 import base64
 import copy
 import io
-import json
 import logging
 import re
 import sys
-import tempfile
 from contextlib import redirect_stdout
-from html import escape
-from itertools import chain
 from pathlib import Path
-from string import Template
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import mmcv
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from jinja2 import Environment
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from mmengine.config import Config
@@ -33,9 +30,9 @@ from rich.progress import track
 
 from mmlinglo.checkpoint import load_model_weights
 from mmlinglo.utils.deploy import build_model
-from mmlinglo.utils.inference import centre_of_largest_row, read_picture
+from mmlinglo.utils.inference import centre_of_largest_row
 
-from .curves import draw_curves, read_scalars
+from .curves import draw_curves, read_log, read_scalars
 
 PARTS_OF_LOSS, POINTS, MATRIX_CLASSES = 5, 200, 30  # more would be hard to read
 PICTURE, FONT = 520, 20  # pixels; a phone shows pictures at 340, hence letters at 13
@@ -53,7 +50,6 @@ NAMES = {
     'mAcc': 'Accuracy, mean of the classes (%)',
     'mIoU': 'Overlap (IoU), mean of the classes (%)',
 }
-NO_LINE = '{"step": 0}'
 FACTS = dict(  # of a training's log
     model=r'INFO - (\S.* M parameters, on .+: \d+ images for training.*)',
     torch=r'\n    PyTorch: (\S+)',
@@ -61,13 +57,13 @@ FACTS = dict(  # of a training's log
     mmengine=r'\n    MMEngine: (\S+)',
     processes=r'\n    Distributed training: True\n    GPU number: (\d+)',
 )
-PAGE = Template("""\
+TEMPLATE = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
+<title>{{ title }}</title>
 <style>
 :root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #1d2733; background: #f4f6f8 }
 * { box-sizing: border-box }
@@ -78,7 +74,7 @@ h1, p, pre { overflow-wrap: anywhere }
 p { margin: 0 0 8px }
 section, .note { background: #fff; border: 1px solid #dde3e9; border-radius: 10px; padding: 16px; margin: 16px 0 0 }
 .note { background: #fff8e1; border-color: #ecd48a }
-.hint, thead { color: #52606d }
+.hint, th[scope=col] { color: #52606d }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)) }
 .pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)) }
 img { display: block; width: 100%; max-width: 520px; height: auto; margin-bottom: 4px }
@@ -92,11 +88,37 @@ pre { background: #f4f6f8; border-radius: 6px; padding: 10px 12px; margin: 0 0 1
 </style>
 </head>
 <body>
-<h1>$title</h1>
-$body
+<h1>{{ title }}</h1>
+{% for fact in facts %}<p class="hint">{{ fact }}</p>{% endfor %}
+{% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}
+{% for section in sections if section.pictures or section.rows %}
+<section><h2>{{ section.title }}</h2>
+{% for title, text in section.commands %}<p>{{ title }}</p><pre>{{ text }}</pre>{% endfor %}
+<p class="hint">{{ section.about }}</p>
+<div class="grid{{ section.wide }}">
+{% for caption, picture in section.pictures %}
+<div><img src="{{ encode(picture) }}" alt="{{ caption }}">{{ caption }}</div>
+{% endfor %}
+</div>
+<div class="scroll"><table>
+{% for row in section.rows %}
+{% if loop.first %}
+<tr>{% for text in section.head %}<th scope="col">{{ text }}</th>{% endfor %}</tr>
+{% endif %}
+<tr><th scope="row">{{ row[0] }}</th>
+{% for cell in row[1:] %}
+{% set text, shade = (cell, 0) if cell is string else cell %}
+<td style="--shade: {{ '%.2f' % shade }}">{{ text }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
+</section>
+{% endfor %}
 </body>
 </html>
-""")
+"""
+PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
 
 
 class Training(NamedTuple):
@@ -117,42 +139,30 @@ def read_training(work_dir: Path) -> Training:
         work_dir: Work dir of a training by :file:`tools/train.py`.
 
     Raises:
-        ValueError: If there is no log, or it is damaged before its last line.
+        FileNotFoundError: If there is no log, or nothing in it.
+        ValueError: If a log is damaged before its last line.
     """
-    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    lines: List[dict] = []
-    notes: List[str] = []
-    with tempfile.TemporaryDirectory() as folder:  # for the logs without a half last line
-        for file in files:
-            whole = file.read_text(errors='replace').splitlines() or [NO_LINE]
-            try:
-                json.loads(whole[-1])
-            except ValueError:
-                whole[-1] = NO_LINE
-                notes.append(f'{file} ends in half a line: the training runs or was killed.')
-            try:
-                lines += [line for line in map(json.loads, whole) if line['step'] > 0]
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f'{str(file)!r} is no log, or a damaged one: {error}') from error
-            part = Path(folder, *file.parts[-3:])
-            part.parent.mkdir(parents=True)
-            part.write_text('\n'.join(whole))
-        first = {key: line for line in reversed(lines) for key in line}
-        losses = [key for key in first if 'loss' in key and 'iter' in first[key]]
-        losses.sort(key=lambda key: (key != 'loss', -first[key][key]))
-        losses = losses[: 1 if len(losses) == 2 else 1 + PARTS_OF_LOSS]  # one part is the whole
-        metrics = [key for key in first if 'iter' not in first[key]]
-        metrics = [key for key in metrics if key not in ('step', 'time', 'data_time')]
-        drawn, judged = (
-            {key: read_scalars(Path(folder), key) for key in keys} for keys in (losses, metrics)
-        )
-    if not drawn and not judged:
-        raise ValueError(
-            f'{str(work_dir)!r} has no losses or metrics in <timestamp>/vis_data/scalars.json: give '
-            'the work dir of a training by tools/train.py that has logged some'
-        )
+    lines = read_log(work_dir)
+    is_training = lines.reindex(columns=['iter']).notna().iter
+    training, validation = (
+        lines[chosen].dropna(axis=1, how='all') for chosen in (is_training, ~is_training)
+    )
+    losses = [key for key in training if 'loss' in key]
+    losses.sort(key=lambda key: (key != 'loss', -training[key].dropna().iloc[0]))
+    losses = losses[: 1 if len(losses) == 2 else 1 + PARTS_OF_LOSS]  # one part is the whole
+    no_metrics = [*training, 'step', 'part', 'time', 'data_time']
+    metrics = [key for key in validation if key not in no_metrics]
+    drawn, judged = (
+        {key: read_scalars(work_dir, key) for key in keys} for keys in (losses, metrics)
+    )
     for key in filter(AP.match, judged):
         judged[key].loc[judged[key].value < 0, 'value'] = np.nan  # -1: no such objects
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    notes = [
+        f'{file} ends in half a line: the training runs or was killed.'
+        for file in files
+        if file.read_text(errors='replace')[-1:] not in ('', '\n')
+    ]
     configs = sorted(work_dir.glob('*.py'), key=lambda path: path.stat().st_mtime)
     name = configs[-1].stem if configs else work_dir.resolve().name
     # tools/test.py may have replaced the one in the work dir.
@@ -240,9 +250,7 @@ class Painter:
             sample: Data sample of one of the toolboxes, on the CPU.
             info: What the data set has of the image.
         """
-        image = Image.fromarray(
-            np.ascontiguousarray(read_picture(Path(sample.img_path))[..., ::-1])
-        )
+        image = Image.fromarray(mmcv.imread(sample.img_path, channel_order='rgb'))
         scale = PICTURE / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size])
         if 'gt_label' in sample:
@@ -314,7 +322,7 @@ def predict(
         score_thr: Score from which boxes are drawn.
 
     Returns:
-        What :func:`render` shows of them: ``model``, ``pictures`` and a ``table`` of the classes.
+        What :func:`render` shows of them: ``model``, and ``sections`` with pictures and a table.
 
     Raises:
         CheckpointError: If the weights are another model's.
@@ -345,7 +353,7 @@ def predict(
             if index in drawn:
                 panels = painter.draw(sample, dataset.get_data_info(index))
                 name = Path(sample.img_path).name
-                pictures.append([(f'{name}. {text}', image) for text, image in panels])
+                pictures += [(f'{name}. {text}', image) for text, image in panels]
     counts = [
         f'{len(each)} of {len(dataset)} validation images, evenly spaced'
         if len(each) < len(dataset)
@@ -356,11 +364,11 @@ def predict(
     boxes = f'; boxes with a score of at least {score_thr:g}' * (cfg.default_scope == 'mmdet')
     backbone = type(getattr(model, 'backbone', None)).__name__
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return dict(
-        model=f'{type(model).__name__} with {backbone}, {parameters:.1f} M parameters',
-        pictures=(f'{counts[0]}{about}{boxes}.', pictures),
-        table=(f'{counts[1]}{about}.', *_judge_classes(evaluator, painter.names, ids)),
-    )
+    name = f'{type(model).__name__} with {backbone}, {parameters:.1f} M parameters'
+    title, wide = 'Ground truth and predictions', ' pairs' * (cfg.default_scope != 'mmpretrain')
+    drawings = dict(title=title, about=f'{counts[0]}{about}{boxes}.', pictures=pictures, wide=wide)
+    table = _judge_classes(evaluator, painter.names, ids)
+    return dict(model=name, sections=[drawings, dict(table, about=f'{counts[1]}{about}.')])
 
 
 def _spaced(items: Sequence[int], number: int) -> List[int]:
@@ -368,7 +376,7 @@ def _spaced(items: Sequence[int], number: int) -> List[int]:
     return [items[int(place)] for place in places]
 
 
-def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Tuple[str, list, list]:
+def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Dict[str, Any]:
     """Title, head and rows of a table; a number in it is a text with a shade from 0 to 1."""
     metric = evaluator.metrics[0]
     if hasattr(metric, 'intersect_and_union'):  # mmseg's
@@ -376,7 +384,7 @@ def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Tuple[s
         columns = (truth / truth.sum(), overlap / union, overlap / truth)
         rows = [[name, *((f'{x:.2%}', x) for x in row)] for name, *row in zip(names, *columns)]
         head = ['Class', 'Of all pixels', 'IoU', 'Pixels found']
-        return 'Overlap (IoU) of the classes', head, rows
+        return dict(title='Overlap (IoU) of the classes', head=head, rows=rows)
     metric.classwise, metric.img_ids, metric.metrics = True, ids, ['bbox']  # of mmdet's CocoMetric
     logger = MMLogger.get_current_instance()
     level = logger.level
@@ -389,11 +397,13 @@ def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Tuple[s
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         rows = [[n, *zip(map(str, row), share)] for n, row, share in zip(names, matrix, shares)]
         rows = rows if len(rows) <= MATRIX_CLASSES else []
-        return 'Confusion matrix', ['Ground truth ↓ prediction →', *names[: len(matrix)]], rows
+        head = ['Ground truth ↓ prediction →', *names[: len(matrix)]]
+        return dict(title='Confusion matrix', head=head, rows=rows)
     found = {
         key[key.find('/') + 1 : -10]: ap for key, ap in result.items() if key.endswith('_precision')
     }
-    return 'AP of the classes', ['Class', 'AP'], [[n, (f'{ap:.3f}', ap)] for n, ap in found.items()]
+    rows = [[name, (f'{ap:.3f}', ap)] for name, ap in found.items()]
+    return dict(title='AP of the classes', head=['Class', 'AP'], rows=rows)
 
 
 def render(
@@ -408,54 +418,23 @@ def render(
         found: From :func:`predict`, or empty.
     """
     facts = (training.facts.get('model') or found.get('model'), training.facts.get('date'))
-    body = [f'<p class="hint">{escape(fact)}</p>' for fact in facts if fact]
-    body += [f'<p class="note">{escape(note)}</p>' for note in training.notes]
-    sections = {'Curves': _grid([[chart] for chart in draw_charts(training)])}
-    head = ['Metric', 'Last', 'Best', 'Name in the log']
-    sections['Metrics on the validation data'] = _table(head, metric_rows(training))
-    if found:
-        about, pictures = found['pictures']
-        sections['Ground truth and predictions'] = _grid(pictures, about)
-        about, title, head, rows = found['table']
-        sections[title] = _table(head, rows, about)
     software = [[name, training.facts.get(name, '-'), text] for name, text in versions.items()]
-    texts = (f'<p>{escape(title)}</p>\n<pre>{escape(text)}</pre>' for title, text in commands)
-    sections['How it was made'] = '\n'.join(texts) + _table(
-        ['Software', 'In training', 'For this page'], software, 'A dash: the log does not say.'
-    )
-    body += [
-        f'<section><h2>{escape(title)}</h2>\n{content}\n</section>'
-        for title, content in sections.items()
-        if content
-    ]
-    return PAGE.substitute(title=escape(training.name), body='\n'.join(body))
+    head = ['Metric', 'Last', 'Best', 'Name in the log']
+    metrics = dict(title='Metrics on the validation data', head=head, rows=metric_rows(training))
+    head, about = ['Software', 'In training', 'For this page'], 'A dash: the log does not say.'
+    made = dict(title='How it was made', about=about, head=head, rows=software, commands=commands)
+    curves = dict(title='Curves', pictures=draw_charts(training))
+    sections = [curves, metrics, *found.get('sections', ()), made]
+    texts = dict(title=training.name, facts=filter(None, facts), notes=training.notes)
+    return PAGE.render(texts, sections=sections, encode=_encode)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence], about: str = '') -> str:
-    if not rows:
-        return ''
-    lines = []
-    for first, *rest in rows:
-        shaded = ((cell, 0) if isinstance(cell, str) else cell for cell in rest)
-        cells = (f'<td style="--shade: {x:.2f}">{escape(text)}</td>' for text, x in shaded)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
-    heads = ''.join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    body = '\n'.join(lines)
-    table = f'<table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table>'
-    return f'<p class="hint">{escape(about)}</p>\n<div class="scroll">{table}</div>'
-
-
-def _grid(groups: List[list], about: str = '') -> str:
-    cells = []
-    for caption, image in chain.from_iterable(groups):
-        file = io.BytesIO()
-        if isinstance(image, Figure):
-            image.savefig(file, format='svg')
-        else:
-            image.save(file, 'JPEG', quality=88)
-        kind = 'svg+xml' if isinstance(image, Figure) else 'jpeg'
-        uri = f'data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
-        cells.append(f'<div><img src="{uri}" alt="{escape(caption)}">{escape(caption)}</div>')
-    wide = ' pairs' if groups and len(groups[0]) == 2 else ''
-    grid = f'<div class="grid{wide}">\n' + '\n'.join(cells) + '\n</div>'
-    return f'<p class="hint">{escape(about)}</p>\n{grid}' if cells else ''
+def _encode(image: Union[Figure, Image.Image]) -> str:
+    """Make the URI of a picture."""
+    file = io.BytesIO()
+    if isinstance(image, Figure):
+        image.savefig(file, format='svg')
+    else:
+        image.save(file, 'JPEG', quality=88)
+    kind = 'svg+xml' if isinstance(image, Figure) else 'jpeg'
+    return f'data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'

@@ -2,7 +2,7 @@
 """The weights that key-only attention gives to the positions of a picture (paper Eq. 2)."""
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -153,14 +153,11 @@ def _find_attentions(backbone: LinGlo) -> Tuple[Dict[Block, KeyOnlyAttention], D
             elif attention is None:
                 skipped[i] = f'{type(block).__name__} has no attention'
             else:
-                skipped[i] = (
-                    f'{type(attention).__name__} weighs pairs of positions, not single ones'
-                )
+                kind = type(attention).__name__
+                skipped[i] = f'{kind} weighs pairs of positions, not single ones'
     if not attentions:
-        raise ValueError(
-            'this backbone has no key-only attention: '
-            + '; '.join(f'stage {i}: {reason}' for i, reason in skipped.items())
-        )
+        reasons = '; '.join(f'stage {i}: {reason}' for i, reason in skipped.items())
+        raise ValueError(f'this backbone has no key-only attention: {reasons}')
     return attentions, skipped
 
 
@@ -187,21 +184,16 @@ def _record(
     """Shapes of the backbone's inputs, and for each attention what its softmax returned."""
     shapes: List[Tuple[int, ...]] = []
     results: Dict[Block, List[Tensor]] = {block: [] for block in attentions}
-    handles = [
-        backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    ]
-    for block, attention in attentions.items():
-        calls = results[block]
-        handles.append(
-            attention.softmax.register_forward_hook(
-                lambda _module, _inputs, weights, calls=calls: calls.append(weights)
-            )
+    with ExitStack() as hooks:
+        hooks.enter_context(
+            backbone.register_forward_pre_hook(lambda _, x: shapes.append(tuple(x[0].shape)))
         )
-    try:
+        for block, attention in attentions.items():
+            hook = attention.softmax.register_forward_hook(
+                lambda *call, calls=results[block]: calls.append(call[2])
+            )
+            hooks.enter_context(hook)
         yield shapes, results
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _prepare(

@@ -289,7 +289,7 @@ for epoch in range(first, 4):
     folder = work_dir / f'run{first}{epoch}' / 'vis_data'
     folder.mkdir(parents=True)
     row = {'accuracy/top1': 10.0 * epoch, 'step': epoch}
-    (folder / 'scalars.json').write_text(json.dumps(row))
+    (folder / 'scalars.json').write_text(json.dumps(row) + chr(10))
     (work_dir / f'epoch_{epoch}.pth').touch()
 print('arguments', settings, *resume)
 """

@@ -72,9 +72,16 @@ def test_unreadable_logs(tmp_path):
     file = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
     good = file.read_text()
     for bad in ('{"loss": 1.', '[1, 2]', '{"loss": 1.0}', '{"loss": 1.0, "step": "x"}'):
-        file.write_text(good + bad)
+        file.write_text(f'{good}{bad}\n')
         with pytest.raises(ValueError, match=r'scalars\.json.* is no log, or a damaged one'):
             read_scalars(tmp_path, 'loss')
+
+
+def test_half_a_line_at_the_end(tmp_path):
+    log(tmp_path, '20260101_000000', [train(10, 3.0), train(20, 2.0)])
+    file = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
+    file.write_text(file.read_text() + '{"loss": 1.')
+    assert points(tmp_path, 'loss') == ([(10, 3), (20, 2)], 'iteration')
 
 
 def frame(**runs):

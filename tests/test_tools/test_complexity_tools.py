@@ -58,7 +58,6 @@ def test_get_complexity(tmp_path):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['--shape', 0, 64], 'two positive numbers'),
         (['--shape', 16, 64], 'at 16 x 64: images must be at least 32 pixels'),
         (['--cfg-options', 'model.backbone.deploy=True'], 'remove model.backbone.deploy'),
     ],
@@ -67,6 +66,17 @@ def test_get_complexity_refuses(args, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         run_here('get_complexity', ROOT / CLASSIFIER, '--out', tmp_path / 'x', *args)
     assert not list(tmp_path.iterdir())
+
+
+def test_get_complexity_needs_a_size(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_here('get_complexity', ROOT / CLASSIFIER, '--shape', 0, 64)
+    assert '--shape: must be at least 1, got 0' in capsys.readouterr().err
+    (tmp_path / 'sizeless.py').write_text(
+        f"_base_ = '{ROOT / CLASSIFIER}'\ntest_dataloader = dict(dataset=dict(pipeline=[]))\n"
+    )
+    with pytest.raises(UsageError, match=r'sizeless\.py: .* no fixed size .*--shape'):
+        run_here('get_complexity', tmp_path / 'sizeless.py')
 
 
 def test_compare_backbones(tmp_path, capsys):

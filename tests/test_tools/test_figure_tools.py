@@ -66,7 +66,7 @@ def test_plot_curves(tmp_path):
         (['epochs', '--key', 'acc', '--out', '/dev/null/x'], "'/dev/null/x' cannot be written"),
         (['epochs', '--key', 'top1'], "no scalar 'top1' after step 0; it has: acc"),
         (['epochs', 'iterations', '--key', 'acc'], 'some steps of'),
-        (['epochs', 'missing'], "no folder 'missing'"),
+        (['epochs', 'missing', '--key', 'acc'], "no folder 'missing'"),
         (['epochs', 'iterations', '--labels', 'one'], '2 work dirs and 1 labels'),
         (
             ['epochs', 'late', '--labels', 'a', 'a', '--key', 'acc'],

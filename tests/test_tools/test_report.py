@@ -249,7 +249,7 @@ def test_long_training(tmp_path):
     ('lines', 'options', 'message'),
     [
         (None, [], "no folder '.*work': give the work dir"),
-        ([], [], "work' has no losses or metrics in <timestamp>"),
+        ([], [], "work' has nothing in <timestamp>"),
         (['{"loss": 1, "iter": 1}'], [], 'is no log, or a damaged one'),
         (['{"loss": ', '{"loss": 1, "iter": 1, "step": 1}'], [], 'is no log, or a damaged one'),
         (['{"loss": 1, "iter": 1, "step": 1}'], ['--num', '-1'], '--num must not be negative'),
@@ -262,7 +262,7 @@ def test_mistakes(lines, options, message, tmp_path):
     if lines is not None:
         work_dir.mkdir()
     if lines:
-        log(work_dir, []).write_text('\n'.join(lines))
+        log(work_dir, []).write_text('\n'.join([*lines, '']))
     with pytest.raises(UsageError, match=message):
         report(work_dir, *options)
     assert not list(tmp_path.rglob('*.html'))

@@ -8,6 +8,8 @@ only for the machine that they were measured on.
 import sys
 from typing import List, Optional
 
+import torch
+
 from mmlinglo.analysis import bars, report
 from mmlinglo.utils.cli import run
 
@@ -16,12 +18,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = report.make_parser(__doc__, 'benchmark_backbones', rounds=7, device=False)
     parser.set_defaults(threads=2)
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
     rows = []
     with report.explain_errors():
-        for row in bars.measure_bars(args.threads, args.rounds):
+        for row in bars.measure_bars(args.rounds):
             rows.append(row)
             print(f'{row["what"]}, {row["shape"]}: {row["ratio"]:.3g}', file=sys.stderr)
-    source = report.provenance('cpu', threads=args.threads, rounds=args.rounds)
+    source = report.provenance('cpu', rounds=args.rounds)
     report.write_report(args.out, rows, source)
     print(f'{source["device"]}, {args.threads} threads, float32, eager, {args.rounds} rounds\n')
     print(report.format_table(rows, bars.COLUMNS), f'{args.out}.json, .csv', sep='\n')

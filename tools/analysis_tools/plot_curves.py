@@ -5,7 +5,6 @@ Trainings with the same label, such as several seeds, become one curve: their me
 lowest value to the highest.
 """
 
-import argparse
 import glob
 import os
 from typing import List, Optional
@@ -18,17 +17,6 @@ from mmlinglo.analysis.curves import common_steps, draw_curves, read_scalars
 from mmlinglo.utils.cli import UsageError, run
 
 
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = report.make_parser(__doc__, 'plot_curves')
-    add = parser.add_argument
-    text = "a quoted pattern, such as 'work_dirs/b0_seed*', means all that match, with one label"
-    add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'work dir of a training; {text}')
-    text = 'one per WORK_DIR; equal labels make one curve; default: the names of the folders'
-    add('--labels', nargs='+', help=text)
-    add('--key', default='accuracy/top1', help='name of the scalar; default: %(default)s')
-    return parser.parse_args(argv)
-
-
 def read_runs(work_dirs: List[str], labels: Optional[List[str]], key: str) -> pd.DataFrame:
     """Read the points of all trainings, with their ``label`` and their ``run``, the work dir."""
     if labels is None:
@@ -39,14 +27,13 @@ def read_runs(work_dirs: List[str], labels: Optional[List[str]], key: str) -> pd
             f'{len(work_dirs)} work dirs and {len(labels)} labels: give one label for each '
             'work dir, and quote patterns, so that the shell does not expand them'
         )
-    folders = []
+    runs = []
     for label, pattern in zip(labels, work_dirs):
         found = [pattern] if os.path.isdir(pattern) else sorted(glob.glob(pattern))
-        found = [(label, path) for path in found if os.path.isdir(path)]
-        if not found:
+        folders = [path for path in found if os.path.isdir(path)]
+        if not folders:
             raise UsageError(f'no folder {pattern!r}')
-        folders += found
-    runs = [read_scalars(path, key).assign(label=label, run=path) for label, path in folders]
+        runs += [read_scalars(path, key).assign(label=label, run=path) for path in folders]
     points = pd.concat(runs, ignore_index=True)
     if points.unit.nunique() > 1:
         units = points.groupby('run').unit.first().to_dict()
@@ -55,12 +42,17 @@ def read_runs(work_dirs: List[str], labels: Optional[List[str]], key: str) -> pd
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
-    try:
+    parser = report.make_parser(__doc__, 'plot_curves')
+    add = parser.add_argument
+    text = "a quoted pattern, such as 'work_dirs/b0_seed*', means all that match, with one label"
+    add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'work dir of a training; {text}')
+    text = 'one per WORK_DIR; equal labels make one curve; default: the names of the folders'
+    add('--labels', nargs='+', help=text)
+    add('--key', default='accuracy/top1', help='name of the scalar; default: %(default)s')
+    args = parser.parse_args(argv)
+    with report.explain_errors():
         points = read_runs(args.work_dirs, args.labels, args.key)
         common = common_steps(points)
-    except ValueError as error:
-        raise UsageError(f'{error}') from error
     unit = points.unit[0]
     names = dict(label='label', run='work_dir', step=unit, value=args.key)
     rows = report.list_rows(points.rename(columns=names)[[*names.values()]].astype({unit: int}))

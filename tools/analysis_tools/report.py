@@ -90,7 +90,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     device = cli.checked_device(args.device)
     try:
         training = read_training(args.work_dir)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
     checkpoint = find_checkpoint(args.work_dir)
     found = predict_with(training, checkpoint, device, args)

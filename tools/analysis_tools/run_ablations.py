@@ -21,28 +21,21 @@ from typing import List, Optional
 import torch
 
 from mmlinglo.analysis import ablations, campaign
-from mmlinglo.analysis.report import provenance
+from mmlinglo.analysis.report import explain_errors, provenance
 from mmlinglo.utils.cli import UsageError, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Optional[List[str]] = None) -> int:
+    parser, rows = campaign.campaign_parser(__doc__, 'ablations', [0, 1]), list(ablations.ROWS)
+    parser.add_argument('--rows', nargs='+', choices=rows, default=rows, help='default: all')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('error: terminated'))
-    try:
-        failed = run_campaign(parse_args(argv))
-    except ValueError as error:
-        raise UsageError(f'{error}') from error
+    with explain_errors():
+        failed = run_campaign(parser.parse_args(argv))
     if failed:
         raise UsageError(f'{len(failed)} trainings failed: {", ".join(failed)}')
     return 0
-
-
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = campaign.campaign_parser(__doc__, 'ablations', [0, 1])
-    rows = list(ablations.ROWS)
-    parser.add_argument('--rows', nargs='+', choices=rows, default=rows, help='default: all')
-    return parser.parse_args(argv)
 
 
 def run_campaign(args: argparse.Namespace) -> List[str]:
@@ -58,15 +51,12 @@ def run_campaign(args: argparse.Namespace) -> List[str]:
 
     def write_results() -> str:
         settings = dict(epochs=cfg.train_cfg.max_epochs, batch_size=cfg.train_dataloader.batch_size)
-        heading = (
-            'CIFAR-10: {train} Training and {test} Test Images, {epochs} Epochs, Batches of '
-            '{batch_size}'.format(**images, **settings)
-        )
+        heading = 'CIFAR-10: {train} Training and {test} Test Images'.format(**images)
+        heading += ', {epochs} Epochs, Batches of {batch_size}'.format(**settings)
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         source = provenance(device, **settings, images=images, seeds=args.seeds)
-        return ablations.write_results(
-            args.out, campaign.read_runs(configs), params_m, heading, source
-        )
+        runs = campaign.read_runs(configs)
+        return ablations.write_results(args.out, runs, params_m, heading, source)
 
     failed = []
     for path, how in campaign.train_all(ROOT, configs):

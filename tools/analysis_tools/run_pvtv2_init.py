@@ -19,17 +19,10 @@ import torch
 
 from mmlinglo.analysis import ablations, campaign
 from mmlinglo.analysis.ablations import CONVERTED, FURTHER, PVTV2, SCRATCH
-from mmlinglo.analysis.report import provenance
+from mmlinglo.analysis.report import explain_errors, provenance
 from mmlinglo.utils.cli import UsageError, run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = campaign.campaign_parser(__doc__, 'pvtv2_init', [0, 1, 2])
-    text = 'gradient steps of each fit in the conversion; default: %(default)s'
-    parser.add_argument('--steps', type=int, default=200, help=text)
-    return parser.parse_args(argv)
 
 
 def run_experiment(args: argparse.Namespace) -> None:
@@ -99,11 +92,12 @@ def converted_top1(work_dir: Path) -> Optional[float]:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
+    parser = campaign.campaign_parser(__doc__, 'pvtv2_init', [0, 1, 2])
+    text = 'gradient steps of each fit in the conversion; default: %(default)s'
+    parser.add_argument('--steps', type=int, default=200, help=text)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('error: terminated'))
-    try:
-        run_experiment(parse_args(argv))
-    except ValueError as error:
-        raise UsageError(f'{error}') from error
+    with explain_errors():
+        run_experiment(parser.parse_args(argv))
     return 0
 
 

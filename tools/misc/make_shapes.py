@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -23,16 +23,9 @@ import numpy as np
 from mmlinglo.analysis.report import at_least
 from mmlinglo.utils.cli import UsageError, run
 
-CLASSES = ('disc', 'square', 'triangle', 'star')
+CORNERS = dict(disc=48, square=4, triangle=3, star=10)
+CLASSES = tuple(CORNERS)
 BACKGROUND_LABEL = 1  # in the masks, before the classes; 0 is ADE20K's "unlabelled"
-
-
-class Shape(NamedTuple):
-    """One shape: class index, corners (K, 2) in pixels, visible pixels (H, W)."""
-
-    label: int
-    corners: np.ndarray
-    mask: np.ndarray
 
 
 def noise(rng: np.random.Generator, size: int, cells: int, channels: int) -> np.ndarray:
@@ -48,31 +41,26 @@ def texture(rng: np.random.Generator, size: int) -> np.ndarray:
     angle, frequency = rng.uniform(0, np.pi), rng.uniform(8, 20)
     u = (x * np.cos(angle) + y * np.sin(angle)) * frequency
     v = (y * np.cos(angle) - x * np.sin(angle)) * frequency
+    patterns = [np.sin(u * 2 * np.pi) > 0, (np.floor(u) + np.floor(v)) % 2 > 0]
     pattern = rng.integers(3)
-    if pattern == 0:
-        blend = np.sin(u * 2 * np.pi) > 0
-    elif pattern == 1:
-        blend = (np.floor(u) + np.floor(v)) % 2 > 0
-    else:
-        blend = noise(rng, size, 12, 1)[..., 0]
+    blend = patterns[pattern] if pattern < 2 else noise(rng, size, 12, 1)[..., 0] > 0.5
     first = rng.permutation([1.0, rng.uniform(0, 1), rng.uniform(0, 0.3)])  # a saturated colour
     second = 0.6 * first + 0.4 * rng.random(3)
-    return np.where(np.asarray(blend, np.float32)[..., None] > 0.5, first, second)
+    return np.where(blend[..., None], first, second)
 
 
-def corners_of(label: int, centre: np.ndarray, radius: float, angle: float) -> np.ndarray:
+def corners_of(name: str, centre: np.ndarray, radius: float, angle: float) -> np.ndarray:
     """Corners of a shape whose circumscribed circle is given, (K, 2)."""
-    count = {'disc': 48, 'square': 4, 'triangle': 3, 'star': 10}[CLASSES[label]]
-    angles = angle + np.arange(count) * 2 * np.pi / count
-    if CLASSES[label] == 'square':
+    angles = angle + np.linspace(0, 2 * np.pi, CORNERS[name], endpoint=False)
+    if name == 'square':
         angles += np.pi / 4
-    radii = np.full(count, radius)
-    if CLASSES[label] == 'star':
+    radii = np.full(len(angles), radius)
+    if name == 'star':
         radii[1::2] *= 0.42
     return centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def make_scene(rng: np.random.Generator, size: int) -> Tuple[np.ndarray, List[Shape]]:
+def make_scene(rng: np.random.Generator, size: int) -> Tuple[np.ndarray, List[tuple]]:
     """One scene of one large and up to four small shapes that do not touch.
 
     Args:
@@ -80,11 +68,13 @@ def make_scene(rng: np.random.Generator, size: int) -> Tuple[np.ndarray, List[Sh
         size: Height and width in pixels.
 
     Returns:
-        The BGR image, (size, size, 3) of uint8, and the shapes, the largest first.
+        The BGR image, (size, size, 3) of uint8, and of each shape, the largest first, its class
+        index, corners (K, 2) in pixels, and mask (size, size) of uint8.
     """
     # a dull background and bright shapes: small ones must be learnt within minutes
     image = 0.3 + 0.3 * noise(rng, size, 5, 1) + 0.15 * noise(rng, size, 5, 3)
-    placed, shapes = [], []
+    placed: List[tuple] = []
+    shapes = []
     for i in range(1 + rng.integers(5)):
         for _ in range(50):
             radius = size * (rng.uniform(0.22, 0.34) if i == 0 else rng.uniform(0.09, 0.14))
@@ -96,12 +86,11 @@ def make_scene(rng: np.random.Generator, size: int) -> Tuple[np.ndarray, List[Sh
         placed.append((centre, radius))
         label = int(rng.integers(len(CLASSES)))
         angle = rng.uniform(-0.4, 0.4) - np.pi / 2  # nearly upright, the first corner on top
-        corners = corners_of(label, centre, radius, angle)
+        corners = corners_of(CLASSES[label], centre, radius, angle)
         mask = np.zeros((size, size), np.uint8)
         cv2.fillPoly(mask, [np.round(corners).astype(np.int32)], 1)
-        fill = texture(rng, size)
-        image = np.where(mask[..., None] > 0, fill, image)
-        shapes.append(Shape(label, corners, mask > 0))
+        image = np.where(mask[..., None] > 0, texture(rng, size), image)
+        shapes.append((label, corners, mask))
     image = image + rng.normal(0, 0.03, image.shape)
     return (image.clip(0, 1) * 255).astype(np.uint8), shapes
 
@@ -112,37 +101,31 @@ def encode(image: np.ndarray) -> bytes:
 
 def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Generator) -> None:
     """Write the scenes of ``'train'`` or ``'val'`` in all three layouts."""
-    coco, imagenet = root / 'coco', root / 'imagenet' / split
     ade_split = dict(train='training', val='validation')[split]
+    coco, classes = root / 'coco' / split, root / 'imagenet' / split
     pictures, masks = (root / 'ade' / kind / ade_split for kind in ('images', 'annotations'))
-    folders = (coco / split, coco / 'annotations', pictures, masks)
-    for folder in (*folders, *(imagenet / name for name in CLASSES)):
+    record = root / 'coco/annotations' / f'{split}.json'
+    for folder in (coco, record.parent, pictures, masks, *(classes / name for name in CLASSES)):
         folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for image_id in range(count):
         image, shapes = make_scene(rng, size)
         name = f'{image_id:06d}.jpg'
-        data = encode(image)
-        for folder in (coco / split, pictures, imagenet / CLASSES[shapes[0].label]):
-            (folder / name).write_bytes(data)
+        for folder in (coco, pictures, classes / CLASSES[shapes[0][0]]):
+            (folder / name).write_bytes(encode(image))
         labels = np.full((size, size), BACKGROUND_LABEL, np.uint8)
         images.append(dict(id=image_id, file_name=name, width=size, height=size))
-        for shape in shapes:
-            labels[shape.mask] = BACKGROUND_LABEL + 1 + shape.label
-            annotation = dict(
-                id=len(annotations) + 1,  # pycocotools takes a match with id 0 for none
-                image_id=image_id,
-                category_id=shape.label + 1,
-                bbox=cv2.boundingRect(shape.mask.astype(np.uint8)),
-                area=int(shape.mask.sum()),
-                iscrowd=0,
-                segmentation=[shape.corners.round(1).ravel().tolist()],
-            )
+        for label, corners, mask in shapes:
+            labels[mask > 0] = BACKGROUND_LABEL + 1 + label
+            number = len(annotations) + 1  # pycocotools takes a match with id 0 for none
+            annotation = dict(id=number, image_id=image_id, category_id=label + 1, iscrowd=0)
+            annotation.update(bbox=cv2.boundingRect(mask), area=int(mask.sum()))
+            annotation.update(segmentation=[corners.round(1).ravel().tolist()])
             annotations.append(annotation)
         cv2.imwrite(str(masks / f'{image_id:06d}.png'), labels)
     categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
     content = dict(images=images, annotations=annotations, categories=categories)
-    (coco / 'annotations' / f'{split}.json').write_text(json.dumps(content))
+    record.write_text(json.dumps(content))
 
 
 def write_demo(folder: Path, count: int, size: int, rng: np.random.Generator) -> None:
@@ -154,7 +137,7 @@ def write_demo(folder: Path, count: int, size: int, rng: np.random.Generator) ->
         (folder / f'{i:06d}.jpg').write_bytes(encode(image))
 
 
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -165,11 +148,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add('--num-demo', type=at_least(0), default=6, help='unlabelled scenes, enlarged 3 times')
     add('--size', type=at_least(32), default=160, help='height and width in pixels')
     add('--seed', type=int, default=0)
-    return parser.parse_args(argv)
-
-
-def main(argv: Optional[List[str]] = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     out = Path(args.out)
     settings = {key: value for key, value in vars(args).items() if key != 'out'}
     if out.exists():
@@ -180,7 +159,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise UsageError(
             f'{out} exists and was not made with {settings}: remove it or name another folder'
         )
-
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as folder:
         work = Path(folder, out.name)

@@ -53,11 +53,8 @@ def updated_row(path: Path, old: dict) -> dict:
     dataset, metrics = TASKS[path.parent.name]
     cfg = load_config(str(path))
     masks = 'mask_head' in cfg.model.get('roi_head', {}) or 'panoptic_head' in cfg.model
-    results = [
-        dict(Task=task, Dataset=dataset, Metrics=None)
-        for task in metrics
-        if task != 'Instance Segmentation' or masks
-    ]
+    tasks = [task for task in metrics if masks or task != 'Instance Segmentation']
+    results = [dict(Task=task, Dataset=dataset, Metrics=None) for task in tasks]
     return {
         'Name': path.stem,
         'In Collection': 'LinGlo',
@@ -70,21 +67,21 @@ def updated_row(path: Path, old: dict) -> dict:
 
 def table(folder: str, rows: List[dict], document: Path) -> str:
     """Make the table of the rows of a metafile. Its links are relative to the folder of ``document``."""
-
-    def join(values: List[Optional[float]], none: str) -> str:
-        return none if None in values else ' / '.join(f'{value:.1f}' for value in values)
-
     lines = []
     for row in rows:
         entries = row['Metadata']
         metrics = {TASKS[folder][1][x['Task']]: x['Metrics'] or {} for x in row['Results']}
+        paper = [entries.get(f'{metric} in the Paper') for metric in metrics]
+        ours = [given.get(metric) for metric, given in metrics.items()]
         params = [entries[key] / 1e6 for key in ('Parameters', 'Deployed Parameters')]
         macs = [entries[key] / 1e9 for key in ('FLOPs', 'Deployed FLOPs')]
         line = {
             'Recipe': f'[{row["Name"]}]({os.path.relpath(ROOT / row["Config"], document.parent)})',
             'Metric': ' / '.join(metrics),
-            'Paper': join([entries.get(f'{metric} in the Paper') for metric in metrics], '-'),
-            'Ours': join([v.get(k) for k, v in metrics.items()], 'not yet trained here'),
+            'Paper': '-' if None in paper else ' / '.join(map('{:.1f}'.format, paper)),
+            'Ours': 'not yet trained here'
+            if None in ours
+            else ' / '.join(map('{:.1f}'.format, ours)),
             'Parameters, training / deployed': '{:.2f} / {:.2f} M'.format(*params),
             'Multiply-adds, training / deployed': '{:.2f} / {:.2f} G'.format(*macs),
             'Counted at': entries['Counted at'],
