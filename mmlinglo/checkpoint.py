@@ -2,13 +2,14 @@
 """Load checkpoints completely or not at all, without running code from the file."""
 
 import hashlib
+import importlib
 import json
 import os
 import os.path as osp
 import re
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional
 from urllib.parse import urlparse
 
 import torch
@@ -16,7 +17,6 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .safe_globals import runner_globals
 
@@ -26,7 +26,8 @@ pretrained weights {source!r} not found. Either
   - name another file or URL: --cfg-options model.backbone.init_cfg.checkpoint=FILE, or
   - train from scratch: --cfg-options model.backbone.init_cfg=None"""
 NOT_RESUMABLE = (
-    '--resume continues the same training. To start another one from these weights, leave it out: '
+    '--resume continues the same training, with the same model, optimizer and paramwise_cfg. To start '
+    'another one from these weights, leave it out: '
     '--cfg-options load_from={source} takes those that fit'
 )
 UNSAFE = (
@@ -158,26 +159,27 @@ def _downloaded(url: str) -> str:
 
 def _load_safetensors(path: str) -> dict:
     """Read the tensors as ``state_dict``, and the metadata of ``publish_model.py`` as ``meta``."""
-    safetensors = import_safetensors()
-    with safetensors.safe_open(path, framework='pt') as file:
+    with import_optional('safetensors.torch', 'the format safetensors').safe_open(
+        path, framework='pt'
+    ) as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}
         meta = json.loads((file.metadata() or {}).get('meta', '{}'))
     return dict(meta=meta, state_dict=weights)
 
 
-def import_safetensors() -> ModuleType:
-    """Import the optional package safetensors.
+def import_optional(module: str, purpose: str) -> ModuleType:
+    """Import a module of an optional package.
 
     Raises:
-        CheckpointError: If it is not installed.
+        CheckpointError: If it is not installed. It says what needs it.
     """
     try:
-        import safetensors.torch  # needed here only
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        package = module.split('.')[0]
         raise CheckpointError(
-            'files in safetensors format need the package safetensors: pip install safetensors'
+            f'{purpose} needs the package {package}: pip install {package}'
         ) from error
-    return safetensors
 
 
 def find_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
@@ -235,44 +237,9 @@ def load_model_weights(model: nn.Module, checkpoint: dict, source: str) -> None:
         CheckpointError: If the weights are of another model, or not finite.
     """
     weights, expected = find_state_dict(checkpoint), model.state_dict()
-    _check(weights, expected, source)
+    check_fit(weights, expected, source)
     check_finite(weights, source, expected)
     model.load_state_dict(weights)
-
-
-def check_resumable(
-    model: nn.Module, optimizers: Sequence[Optimizer], checkpoint: dict, source: str
-) -> None:
-    """Refuse to resume a training of another model, or with other parameter groups.
-
-    Args:
-        model: The model, without a wrapper.
-        optimizers: Its optimizers, in the same order as in the checkpoint.
-        checkpoint: What mmengine's runner saved.
-        source: Name for the error message.
-
-    Raises:
-        CheckpointError: If weights or parameter groups differ. It says what to do instead.
-    """
-    weights, expected = find_state_dict(checkpoint), model.state_dict()
-    expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
-    try:
-        _check(weights, expected, source)
-    except CheckpointError as error:
-        raise CheckpointError(f'{error}. {NOT_RESUMABLE.format(source=source)}') from error
-    states = checkpoint.get('optimizer') or {}
-    states = [states] if 'param_groups' in states else list(states.values())
-    for optimizer, state in zip(optimizers, states):
-        sizes, saved = (
-            [len(group['params']) for group in groups]
-            for groups in (optimizer.param_groups, state['param_groups'])
-        )
-        if sizes != saved:
-            raise CheckpointError(
-                f'the optimizer of {source!r} has {sum(saved)} parameters in {len(saved)} groups, '
-                f'this one {sum(sizes)} in {len(sizes)}: the constructor of the optimizer or '
-                f'its paramwise_cfg has changed. {NOT_RESUMABLE.format(source=source)}'
-            )
 
 
 def check_finite(
@@ -338,7 +305,7 @@ def load_pretrained_backbone(
     new = [key for key in expected if key in output_norms and key not in weights]
     shared = {key: weights[key] for key in expected if key in weights}
     required = {key: value for key, value in expected.items() if key not in new}
-    _check(weights, required, source, strict=False)
+    check_fit(weights, required, source, strict=False)
     check_finite(shared, source, expected)
     backbone.load_state_dict(shared, strict=False)
     print_log(
@@ -348,10 +315,11 @@ def load_pretrained_backbone(
     )
 
 
-def _check(
+def check_fit(
     weights: Dict[str, Tensor], expected: Dict[str, Tensor], source: str, strict: bool = True
 ) -> None:
     """Raise CheckpointError if tensors are missing, of another shape or, if ``strict``, unexpected."""
+    expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
     # Files written before torch 1.0 have no batch counter; it is not part of the network.
     missing = [k for k in expected if k not in weights and 'num_batches_tracked' not in k]
     shapes = [

@@ -2,29 +2,25 @@
 """Run a classifier, detector or segmentor on a picture, a folder of pictures or a video.
 
 OUT_DIR gets the input with boxes, masks or labels drawn on it in `vis/` and the predictions in `preds/`: JSON for
-each picture, for a video a line of JSON for each frame; for segmentors label images as well. `classes.json` lists
-the names of the classes in the order of their numbers. Pictures are read as the config's test pipeline reads them.
-Folders are searched with their sub-folders. Files that cannot be read are reported, the rest is done, and the exit
-status is 1.
+each picture, for a video a line of JSON for each frame; for segmentors label images as well. Pictures are read as the
+config's test pipeline reads them. Folders are searched with their sub-folders. Files that cannot be read are
+reported, the rest is done, and the exit status is 1.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import List, Optional
 
-from mmengine.config import Config
+import mmcv
 from rich.console import Console
 from rich.progress import track
 
 from mmlinglo.utils import cli, inference, load_checkpoint_file
 from mmlinglo.utils.cli import UsageError
 from mmlinglo.utils.deploy import count_input_channels
-from mmlinglo.utils.files import complete_file
 from mmlinglo.utils.inference import DRAWINGS, PICTURE_SUFFIXES, PREDICTIONS, Predictor
 
-CLASSES = 'classes.json'  # names of the classes, in the folder of the results
 SCREEN = Console(stderr=True)
 
 
@@ -42,32 +38,16 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_predictor(cfg: Config, args: argparse.Namespace) -> Predictor:
-    """Load the model, and write the names of its classes."""
-    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
-    settings = dict(device=args.device, score_thr=args.score_thr, deploy=args.deploy)
-    try:
-        predictor = Predictor(cfg, checkpoint, args.checkpoint, **settings)
-    except ValueError as error:
-        raise UsageError(f'{args.config}: {error}') from error
-    if predictor.classes:
-        with complete_file(args.out_dir / CLASSES) as file:
-            file.write_text(json.dumps(list(predictor.classes)))
-    print(f'{args.checkpoint}: loaded, predicting on {args.device}', file=sys.stderr)
-    return predictor
-
-
-def infer_pictures(cfg: Config, args: argparse.Namespace) -> None:
+def infer_pictures(predictor: Predictor, args: argparse.Namespace) -> None:
     folder, names, others = args.input.parent, [args.input.name], 0
     vis, preds = args.out_dir / DRAWINGS, args.out_dir / PREDICTIONS
     if args.input.is_dir():
-        folder, listed = args.input, inference.list_files(args.input, skip=(vis, preds))
-        files = [x for x in listed if folder / x != args.out_dir / CLASSES]
+        folder, files = args.input, list(inference.list_files(args.input, skip=(vis, preds)))
         names = [x for x in files if x.lower().endswith(PICTURE_SUFFIXES)]
         others = len(files) - len(names)
     if not names:
         raise UsageError(f'no pictures ({", ".join(PICTURE_SUFFIXES)}) in {str(folder)!r}')
-    predictor, skipped = load_predictor(cfg, args), 0
+    skipped = 0
     steps = inference.annotate_pictures(predictor, folder, names, args.out_dir, args.batch_size)
     for name, problem in track(steps, 'Inference', len(names), console=SCREEN):
         if problem is not None:
@@ -80,15 +60,19 @@ def infer_pictures(cfg: Config, args: argparse.Namespace) -> None:
         raise UsageError(f'{skipped} of {len(names)} pictures skipped, see above')
 
 
-def infer_video(cfg: Config, args: argparse.Namespace) -> None:
-    source, out_dir = args.input, args.out_dir
-    reader = inference.open_video(source)
-    predictor = load_predictor(cfg, args)
+def infer_video(predictor: Predictor, args: argparse.Namespace) -> None:
     channels = count_input_channels(predictor.model)
     if channels != 3:
         raise UsageError(f'{args.config} takes images of {channels} channels, videos have 3')
+    source, out_dir = args.input, args.out_dir
+    reader = mmcv.VideoReader(str(source))
+    if not reader.opened:
+        raise UsageError(f'video {str(source)!r}: no video that OpenCV can read')
     steps = inference.annotate_video(predictor, reader, source.name, out_dir, args.batch_size)
-    done = sum(1 for _ in track(steps, 'Inference', reader.frame_cnt or None, console=SCREEN))
+    try:
+        done = sum(1 for _ in track(steps, 'Inference', reader.frame_cnt or None, console=SCREEN))
+    except inference.UnreadableError as error:
+        raise UsageError(f'video {str(source)!r}: {error}') from error
     print(f'{done} frames in {out_dir / DRAWINGS}, predictions in {out_dir / PREDICTIONS}')
 
 
@@ -105,12 +89,17 @@ def main(argv: Optional[List[str]] = None) -> int:
             f'input {str(args.input)!r} is --out-dir {str(args.out_dir)!r} itself, or lies in its '
             f'{DRAWINGS!r} or {PREDICTIONS!r}, where results go: name another --out-dir'
         )
-    args.device = cli.checked_device(args.device)
+    device = cli.checked_device(args.device)
+    checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
+    settings = dict(device=device, score_thr=args.score_thr, deploy=args.deploy)
+    try:
+        predictor = Predictor(cfg, checkpoint, args.checkpoint, **settings)
+    except ValueError as error:
+        raise UsageError(f'{args.config}: {error}') from error
+    print(f'{args.checkpoint}: loaded, predicting on {device}', file=sys.stderr)
     video = args.input.is_file() and args.input.name.lower().endswith(inference.VIDEO_SUFFIXES)
     try:
-        (infer_video if video else infer_pictures)(cfg, args)
-    except inference.UnreadableError as error:
-        raise UsageError(f'video {str(args.input)!r}: {error}') from error
+        (infer_video if video else infer_pictures)(predictor, args)
     except OSError as error:
         raise UsageError(str(error)) from error  # names the file
     return 0

@@ -6,7 +6,6 @@ from typing import Iterator, List, Optional
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from mmlinglo.registry import HOOKS
 
 from .errors import TrainingError
+from .runner import optim_wrappers
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -62,19 +62,11 @@ class NonFiniteLossHook(Hook):
         self._step_left_out = False
         self._buffers: List[Tensor] = []  # as before the iteration
 
-    def state_dict(self) -> dict:
-        """Return the number of steps skipped in a row, for a resumed run."""
-        return dict(skips=self._skips)
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on counting."""
-        self._skips = state['skips']
-
     def before_train(self, runner: Runner) -> None:
         """For ``action='skip'``, watch the optimizer's steps."""
         if self.action == 'skip':
-            for optimizer in _optimizers(runner):
-                optimizer.register_step_pre_hook(self._leave_out_non_finite)
+            for wrapper in optim_wrappers(runner.optim_wrapper):
+                wrapper.optimizer.register_step_pre_hook(self._leave_out_non_finite)
 
     def before_train_iter(
         self,
@@ -154,12 +146,6 @@ class NonFiniteLossHook(Hook):
         if self._skips > self.max_skips:
             raise TrainingError(f'{message}: more than {self.max_skips} such steps in a row')
         runner.logger.warning(f'{message}: this step is skipped')
-
-
-def _optimizers(runner: Runner) -> List[Optimizer]:
-    wrapper = runner.optim_wrapper
-    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    return [each.optimizer for each in wrappers]
 
 
 def _float_buffers(runner: Runner) -> Iterator[Tensor]:

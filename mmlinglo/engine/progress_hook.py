@@ -9,13 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from mmlinglo.registry import HOOKS
 
@@ -48,48 +42,18 @@ class ProgressHook(Hook):
         number = len(runner.test_dataloader.dataset)
         runner.logger.info(f'{describe(runner)}: {number} images to test')
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Start a bar."""
-        self._start('validation', len(runner.val_dataloader))
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Start a bar."""
-        self._start('test', len(runner.test_dataloader))
-
-    def after_val_iter(self, *_: Any, **__: Any) -> None:
-        """Move the bar on."""
-        self._advance()
-
-    def after_test_iter(self, *_: Any, **__: Any) -> None:
-        """Move the bar on."""
-        self._advance()
-
-    def after_val_epoch(self, *_: Any, **__: Any) -> None:
-        """Remove the bar."""
-        self._stop()
-
-    def after_test_epoch(self, *_: Any, **__: Any) -> None:
-        """Remove the bar."""
-        self._stop()
-
-    def _start(self, what: str, total: int) -> None:
-        if is_main_process() and sys.stderr.isatty():
-            self.bar = Progress(
-                TextColumn('{task.description}'),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self.bar.add_task(what, total=total)
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        if mode != 'train' and is_main_process() and sys.stderr.isatty():
+            loader = runner.val_dataloader if mode == 'val' else runner.test_dataloader
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.add_task('validation' if mode == 'val' else 'test', total=len(loader))
             self.bar.start()
 
-    def _advance(self) -> None:
+    def _after_iter(self, *_: Any, **__: Any) -> None:
         if self.bar is not None:
             self.bar.advance(self.bar.task_ids[0])
 
-    def _stop(self) -> None:
+    def _after_epoch(self, *_: Any, **__: Any) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

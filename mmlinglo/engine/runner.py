@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from mmlinglo.checkpoint import check_resumable
+from mmlinglo.checkpoint import NOT_RESUMABLE, CheckpointError, check_fit, find_state_dict
 
 from .launch import hide_native_output
 
@@ -28,24 +28,25 @@ class TrainingRunner(QuietRunner):
     """The Runner with strict resuming and schedules that fit short trainings.
 
     - It refuses to resume from a checkpoint of another model, or of an optimizer with other
-      parameter groups, before it loads anything.
+      parameter groups.
     - If a training is shorter than its learning rate schedule, it shortens the schedule: see
       :func:`fit_schedulers`.
     - ``auto_scale_lr`` counts the batches of ``accumulative_counts`` as one batch.
     """
 
-    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
-        """Load a checkpoint. If the run resumes, check first that it can continue from it.
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume a training.
 
         Raises:
-            CheckpointError: If the run resumes, and the checkpoint is of another training.
+            CheckpointError: If the checkpoint is of another training.
         """
-        if self._resume:
-            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu')
-            model = self.model.module if is_model_wrapper(self.model) else self.model
-            optimizers = [wrapper.optimizer for wrapper in _wrappers(self.optim_wrapper)]
-            check_resumable(model, optimizers, checkpoint, filename)
-        return super().load_checkpoint(filename, *args, **kwargs)
+        checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu')
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        try:
+            check_fit(find_state_dict(checkpoint), model.state_dict(), filename)
+            super().resume(filename, *args, **kwargs)
+        except (CheckpointError, ValueError) as error:  # torch's, if the parameter groups differ
+            raise CheckpointError(f'{error}. {NOT_RESUMABLE.format(source=filename)}') from error
 
     def build_param_scheduler(self, scheduler: Union[dict, list]) -> Union[dict, list]:
         """Build the schedulers, fitted to the length of the training."""
@@ -64,7 +65,7 @@ class TrainingRunner(QuietRunner):
             ValueError: If several optimizers accumulate different numbers of batches.
         """
         if auto_scale_lr is not None and auto_scale_lr.get('enable', False):
-            counts = {each._accumulative_counts for each in _wrappers(optim_wrapper)}
+            counts = {each._accumulative_counts for each in optim_wrappers(optim_wrapper)}
             if len(counts) > 1:
                 raise ValueError(
                     f'auto_scale_lr needs the same accumulative_counts of all optimizers, got {counts}'
@@ -149,7 +150,8 @@ def _warn(scheduler: dict, length: int, what: str) -> None:
     print_log(f'this training has only {length} {unit}: {name} {what}', 'current', logging.WARNING)
 
 
-def _wrappers(optim_wrapper: OptimWrapper) -> List[OptimWrapper]:
+def optim_wrappers(optim_wrapper: OptimWrapper) -> List[OptimWrapper]:
+    """List the wrapped optimizers, of which an ``OptimWrapperDict`` has several."""
     if isinstance(optim_wrapper, OptimWrapperDict):
         return list(optim_wrapper.values())
     return [optim_wrapper]

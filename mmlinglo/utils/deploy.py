@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from mmlinglo.models.linglo import LinGlo
 
+from .export import relative_error
+
 
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config on the CPU. It does not initialize or load weights."""
@@ -72,9 +74,7 @@ def relative_difference(first: nn.Module, second: nn.Module, image_size: int = 1
         twin = copy.deepcopy(model).double()
         stop_masking_padding(twin)
         outputs.append(list(_iterate_tensors(twin(images, mode='tensor'))))
-    return max(
-        float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(*outputs)
-    )
+    return relative_error(outputs[1], outputs[0])
 
 
 def _iterate_tensors(output: Any) -> Iterator[Tensor]:

@@ -17,21 +17,6 @@ class ExporterError(Exception):
     """PyTorch's exporter ignored one of the settings."""
 
 
-class Logits(nn.Module):
-    """A classifier as a function from images (B, C, H, W) to logits (B, classes).
-
-    Args:
-        classifier: Classifier of mmpretrain.
-    """
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(images, mode='tensor')
-
-
 def describe_preprocessing(cfg: Config) -> Dict[str, str]:
     """Describe how an experiment prepares its images, as metadata for an ONNX file.
 

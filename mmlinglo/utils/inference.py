@@ -7,13 +7,24 @@ test pipeline batch by batch. Models, test pipelines and drawings are the toolbo
 """
 
 import copy
-import io
 import json
 import math
 import os
-from itertools import islice
-from pathlib import Path, PurePath
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 from uuid import uuid4
 
 import cv2
@@ -50,6 +61,11 @@ class Sample(NamedTuple):
 
     image: np.ndarray
     data: Dict[str, Any]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of what the model takes."""
+        return self.data['inputs'].shape
 
 
 class Prediction(NamedTuple):
@@ -171,8 +187,6 @@ class Predictor:
             switch_to_deploy(self.model)
         self.model.to(device)
         self.score_thr = score_thr
-        describe = dict(mmdet=self._detections, mmpretrain=self._class, mmseg=self._segments)
-        self.describe = describe[scope]
         settings = dict(VISUALIZER[scope], **(cfg.get('visualizer') or {}))
         # mmengine has one visualizer of each name, which other predictors of this process may use
         settings.update(vis_backends=None, save_dir=None, name=uuid4().hex)
@@ -181,49 +195,41 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> List[Prediction]:
-        """Predict for samples whose ``data['inputs']`` have one shape: none of them gets padding."""
+        """Predict for samples of one :attr:`Sample.shape`: none of them gets padding."""
         outputs = self.model.test_step(pseudo_collate([sample.data for sample in samples]))
         return [
-            self.describe(as_picture(sample.image), output.cpu())
+            self._describe(as_picture(sample.image), output.cpu())
             for sample, output in zip(samples, outputs)
         ]
 
-    def _detections(self, image: np.ndarray, sample: Any) -> Prediction:
-        self.visualizer.add_datasample(
-            '', image, sample, draw_gt=False, pred_score_thr=self.score_thr
-        )
-        found = sample.pred_instances
-        result = {key: found[key].tolist() for key in ('labels', 'scores', 'bboxes')}
-        if self.classes:
-            result['label_names'] = [self.classes[label] for label in result['labels']]
-        if 'masks' in found:
-            from mmdet.structures.mask import encode_mask_results
+    def _describe(self, image: np.ndarray, output: Any) -> Prediction:
+        classes, visualizer, labels = self.classes, self.visualizer, None
+        if 'pred_score' in output:
+            visualizer.visualize_cls(image, output, draw_gt=False)
+            label, scores = int(output.pred_score.argmax()), output.pred_score.tolist()
+            result = dict(pred_scores=scores, pred_label=label, pred_score=scores[label])
+            if classes:
+                result['pred_class'] = classes[label]
+        elif 'pred_instances' in output:
+            from mmdet.apis import DetInferencer
 
-            result['masks'] = encode_mask_results(found.masks)
-            for mask in result['masks']:
-                mask['counts'] = mask['counts'].decode()
-        return Prediction(result, self.visualizer.get_image()[..., ::-1])
-
-    def _segments(self, image: np.ndarray, sample: Any) -> Prediction:
-        # mmseg's own sorts all pixels in Python, which takes seconds for each large picture.
-        self.visualizer._get_center_loc = centre_of_largest_row
-        self.visualizer.add_datasample('', image, sample, draw_gt=False)
-        labels = sample.pred_sem_seg.data[0].numpy()
-        labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
-        found = [
-            dict(label=int(label), name=self.classes[label], share=round(count / labels.size, 6))
-            for label, count in zip(*np.unique(labels, return_counts=True))
-        ]
-        return Prediction(dict(classes=found), self.visualizer.get_image()[..., ::-1], labels)
-
-    def _class(self, image: np.ndarray, sample: Any) -> Prediction:
-        drawing = self.visualizer.visualize_cls(image, sample, draw_gt=False)
-        label = int(sample.pred_score.argmax())
-        scores = sample.pred_score.tolist()
-        result = dict(pred_scores=scores, pred_label=label, pred_score=scores[label])
-        if self.classes:
-            result['pred_class'] = self.classes[label]
-        return Prediction(result, drawing[..., ::-1])
+            visualizer.add_datasample(
+                '', image, output, draw_gt=False, pred_score_thr=self.score_thr
+            )
+            result = DetInferencer.pred2dict(self, output)
+            if classes:
+                result['label_names'] = [classes[label] for label in result['labels']]
+        else:
+            # mmseg's own sorts all pixels in Python, which takes seconds for each large picture.
+            visualizer._get_center_loc = centre_of_largest_row
+            visualizer.add_datasample('', image, output, draw_gt=False)
+            labels = output.pred_sem_seg.data[0].numpy()
+            labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
+            counts = zip(*np.unique(labels, return_counts=True))
+            shares = [(int(label), round(count / labels.size, 6)) for label, count in counts]
+            found = [dict(label=label, name=classes[label], share=share) for label, share in shares]
+            result = dict(classes=found)
+        return Prediction(result, visualizer.get_image()[..., ::-1], labels)
 
 
 def class_names(cfg: Config, checkpoint: dict) -> Tuple[Optional[Sequence[str]], list]:
@@ -267,43 +273,59 @@ def list_files(folder: Path, skip: Sequence[Path] = ()) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(root, name), folder)
 
 
-def check_picture_file(path: Path) -> bytes:
-    """Read a file; raise UnreadableError if it is missing, empty, or a JPEG that is cut off."""
-    if not path.is_file():
-        raise UnreadableError('not a regular file' if path.exists() else 'no such file')
+def check_picture_file(path: Path) -> None:
+    """Raise UnreadableError if a file is missing or empty, cannot be read, or is a JPEG that is cut off."""
+    if not path.is_file() or not path.stat().st_size:
+        raise UnreadableError('the file is missing, empty or not a regular file')
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UnreadableError(error.strerror) from error
-    if not content:
-        raise UnreadableError('the file is empty')
-    if content.startswith(b'\xff\xd8'):
         # OpenCV below 4.12 fills what is missing with grey. At an eighth of its size, the picture
         # costs Pillow a fraction of OpenCV's time.
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                image.draft('L', (image.width // 8, image.height // 8))
-                image.load()
-        except (UnidentifiedImageError, Image.DecompressionBombError):
-            pass  # OpenCV may know better
-        except OSError as error:
-            raise UnreadableError(f'damaged JPEG: {error}') from error
-    return content
+        with Image.open(path, formats=['JPEG']) as image:
+            image.draft('L', (image.width // 8, image.height // 8))
+            image.load()
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        pass  # another format, or OpenCV may know better
+    except OSError as error:
+        raise UnreadableError(f'damaged: {error}') from error
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Read a picture as mmcv does by default: (H, W, 3) of uint8, BGR, turned upright, without alpha.
+def predict_in_batches(
+    predictor: Predictor, sources: Iterable[Tuple[Any, Union[Path, np.ndarray]]], batch_size: int
+) -> Iterator[Tuple[Any, Union[Prediction, Exception]]]:
+    """Predict for named files or images. Never more than one batch is in memory.
 
-    Raises:
-        UnreadableError: If the file is missing, empty, cut off, or no picture.
+    Args:
+        predictor: The model.
+        sources: Names, and what :attr:`Predictor.load` takes.
+        batch_size: How many go through the model together; fewer if the test pipeline leaves them
+            at different sizes, since padding would change the features.
+
+    Yields:
+        Each name and the prediction, or the error: one that fails does not stop the others.
     """
+    loaded = ((name, _result_or_error(predictor.load, source)) for name, source in sources)
+    for _, group in groupby(loaded, key=lambda item: getattr(item[1], 'shape', None)):
+        while batch := list(islice(group, batch_size)):
+            yield from _predict_batch(predictor, batch)
+
+
+def _predict_batch(predictor: Predictor, batch: List[Tuple[Any, Any]]) -> Iterable[Tuple[Any, Any]]:
+    names, samples = zip(*batch)
+    if isinstance(samples[0], Exception):
+        return batch
+    found = _result_or_error(predictor, samples)
+    if not isinstance(found, Exception):
+        return zip(names, found)
+    if len(batch) == 1:
+        return [(names[0], found)]
+    return chain.from_iterable(_predict_batch(predictor, [item]) for item in batch)
+
+
+def _result_or_error(function: Callable, argument: Any) -> Any:
     try:
-        image = mmcv.imfrombytes(check_picture_file(path), flag='color')
-    except cv2.error as error:
-        raise UnreadableError(f'OpenCV: {error.err}') from error
-    if image is None:
-        raise UnreadableError('no picture that OpenCV can decode')
-    return image
+        return function(argument)
+    except Exception as error:  # any: the others are to be done
+        return error
 
 
 def annotate_pictures(
@@ -311,68 +333,29 @@ def annotate_pictures(
 ) -> Iterator[Tuple[str, Optional[str]]]:
     """Predict for pictures and write ``vis/NAME`` and ``preds/NAME.json`` for each.
 
-    A picture that fails does not stop the others. Never more than one batch is in memory.
-
     Args:
         predictor: The model.
         folder: Where the pictures are.
-        names: Their names relative to ``folder``.
+        names: Their names relative to ``folder``, within it.
         out_dir: Folder for the results.
-        batch_size: How many pictures go through the model together; fewer if the test pipeline
-            leaves them at different sizes, since padding would change the features.
+        batch_size: See :func:`predict_in_batches`.
 
     Yields:
         Name of each picture and None, or what was wrong with it.
-
-    Raises:
-        ValueError: If a name leads out of the folder.
     """
-    batch: List[Tuple[str, Sample]] = []
-    for name in names:
-        if os.path.isabs(name) or '..' in PurePath(name).parts:
-            raise ValueError(f'names must stay within the folder, got {name!r}')
-        try:
-            sample = predictor.load(folder / name)
-        except Exception as error:  # any: the other pictures are to be done
-            yield name, _describe(error)
+    sources = ((name, folder / name) for name in names)
+    for name, found in predict_in_batches(predictor, sources, batch_size):
+        if isinstance(found, Exception):
+            kind = '' if isinstance(found, UnreadableError) else f'{type(found).__name__}: '
+            yield name, kind + (str(found).splitlines() or [''])[0]
             continue
-        shape = sample.data['inputs'].shape
-        if batch and (len(batch) == batch_size or batch[0][1].data['inputs'].shape != shape):
-            yield from _annotate_batch(predictor, batch, out_dir)
-            batch = []
-        batch.append((name, sample))
-    if batch:
-        yield from _annotate_batch(predictor, batch, out_dir)
-
-
-def _annotate_batch(
-    predictor: Predictor, batch: List[Tuple[str, Sample]], out_dir: Path
-) -> Iterator[Tuple[str, Optional[str]]]:
-    try:
-        predictions = predictor([sample for _, sample in batch])
-    except Exception as error:  # any: the other pictures are to be done
-        if len(batch) == 1:
-            yield batch[0][0], _describe(error)
-        else:
-            for item in batch:
-                yield from _annotate_batch(predictor, [item], out_dir)
-        return
-    for (name, sample), prediction in zip(batch, predictions):
         result = out_dir / PREDICTIONS / f'{name}.json'
-        record = _record(sample.image, prediction, result.parent, f'{result.stem}.png')
+        record = _record(found, result.parent, f'{result.stem}.png')
         with complete_file(result) as file:
             file.write_text(json.dumps(dict(input=name, **record)))
         drawing = name if name.lower().endswith(PICTURE_SUFFIXES) else f'{name}.jpg'
-        _write_image(out_dir / DRAWINGS / drawing, prediction.drawing)
+        _write_image(out_dir / DRAWINGS / drawing, found.drawing)
         yield name, None
-
-
-def open_video(path: Path) -> mmcv.VideoReader:
-    """Open a video; raise UnreadableError if OpenCV cannot read it."""
-    reader = mmcv.VideoReader(str(path))
-    if not reader.opened:
-        raise UnreadableError('no video that OpenCV can read')
-    return reader
 
 
 def annotate_video(
@@ -389,37 +372,33 @@ def annotate_video(
             is left then. Also if more than a second is missing at the end, after the results
             for the rest are written.
     """
-    # Without a stated rate mmcv's own default.
-    rate = reader.fps if math.isfinite(reader.fps) and reader.fps > 0 else 30.0
+    rate = reader.fps if 0 < reader.fps < math.inf else 30.0  # mmcv's default
     drawing_name = name if name.lower().endswith('.mp4') else f'{name}.mp4'
     predictions = out_dir / PREDICTIONS
-    frames = (frame for frame in reader)  # islice would rewind the reader itself
-    done, writer, shape = 0, cv2.VideoWriter(), None
+    done, size, writer = 0, None, cv2.VideoWriter()
     with (
         complete_file(out_dir / DRAWINGS / drawing_name) as video,
         complete_file(predictions / f'{name}.jsonl') as lines,
         lines.open('w') as stream,
     ):
         try:
-            for batch in iter(lambda: list(islice(frames, batch_size)), []):
-                shape = shape or batch[0].shape
-                if any(frame.shape != shape for frame in batch):
-                    raise UnreadableError('its frames change in size')
-                for prediction in predictor([predictor.load(frame) for frame in batch]):
-                    size = prediction.drawing.shape[1::-1]
-                    if not done and not writer.open(
-                        str(video), cv2.VideoWriter.fourcc(*'mp4v'), rate, size
-                    ):
-                        raise UnreadableError(
-                            f'OpenCV writes no video of {size[0]} x {size[1]}; opencv-python has '
-                            'FFmpeg inside, which is needed'
-                        )
-                    record = _record(batch[0], prediction, predictions, f'{name}/{done:06d}.png')
-                    when = dict(frame=done, time=round(done / rate, 6))
-                    stream.write(json.dumps({**when, **record}) + '\n')
-                    writer.write(prediction.drawing)
-                    yield done
-                    done += 1
+            for number, found in predict_in_batches(predictor, enumerate(reader), batch_size):
+                if isinstance(found, Exception):
+                    raise found
+                if size is None:
+                    size = found.drawing.shape[1::-1]
+                    writer.open(str(video), cv2.VideoWriter.fourcc(*'mp4v'), rate, size)
+                if not writer.isOpened() or found.drawing.shape[1::-1] != size:
+                    raise UnreadableError(
+                        f'its frames change in size, or OpenCV writes no video of {size[0]} x '
+                        f'{size[1]}; opencv-python has FFmpeg inside, which is needed'
+                    )
+                record = _record(found, predictions, f'{name}/{number:06d}.png')
+                when = dict(frame=number, time=round(number / rate, 6))
+                stream.write(json.dumps({**when, **record}) + '\n')
+                writer.write(found.drawing)
+                yield number
+                done += 1
         finally:
             writer.release()
         if not done:
@@ -438,18 +417,14 @@ def centre_of_largest_row(mask: np.ndarray) -> np.ndarray:
     return np.array([columns[len(columns) // 2], row])
 
 
-def _record(image: np.ndarray, prediction: Prediction, folder: Path, name: str) -> dict:
+def _record(prediction: Prediction, folder: Path, name: str) -> dict:
     """Entries of a JSON file in ``folder``; writes the label image ``name`` there if there is one."""
-    record = dict(height=image.shape[0], width=image.shape[1], **prediction.result)
+    height, width = prediction.drawing.shape[:2]
+    record = dict(height=height, width=width, **prediction.result)
     if prediction.labels is not None:
         _write_image(folder / name, prediction.labels)
         record['label_image'] = name
     return record
-
-
-def _describe(error: Exception) -> str:
-    kind = '' if isinstance(error, UnreadableError) else f'{type(error).__name__}: '
-    return kind + (str(error).splitlines() or [''])[0]
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:

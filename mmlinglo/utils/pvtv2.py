@@ -31,10 +31,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
-import mmcv
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,10 +40,13 @@ from mmengine.logging import print_log
 from mmengine.model.weight_init import update_init_info
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from mmlinglo.checkpoint import (
     CheckpointError,
     find_state_dict,
+    import_optional,
     load_checkpoint_file,
     load_model_weights,
 )
@@ -53,7 +54,6 @@ from mmlinglo.models import LinGlo
 from mmlinglo.models.network import ENCODINGS
 from mmlinglo.registry import WEIGHT_INITIALIZERS
 
-Weights = Dict[str, Tensor]
 Maps = List[Tensor]  # one tensor for each batch of images
 Layer = Any  # of either network; torch declares the parts of a module as `Tensor | Module`
 
@@ -63,23 +63,22 @@ PVTV2_DEPTHS = {(2, 3, 3, 2): (2, 2, 2, 2), (3, 5, 9, 3): (3, 4, 6, 3)}
 # Where a tensor of LinGlo can come from, see convert_pvtv2.
 ORIGINS = ('taken', 'derived', 'repeated', 'new')
 
-# The name of the stem's kernel tells which names a file has. The rules turn them into timm's names.
-_TO_TIMM: Dict[str, List[Tuple[str, str]]] = {
-    'patch_embed.proj.weight': [(r'^stages_(\d+)\.', r'stages.\1.')],  # timm, also features_only
-    'patch_embed1.proj.weight': [],  # github.com/whai362/PVT, whose names timm itself knows
-    'layers.0.0.projection.weight': [  # mmdet
-        (r'^layers\.0\.0\.', 'patch_embed.'),
-        (r'^layers\.(\d+)\.0\.', r'stages.\1.downsample.'),
-        (r'^layers\.(\d+)\.1\.(\d+)\.', r'stages.\1.blocks.\2.'),
-        (r'^layers\.(\d+)\.2\.', r'stages.\1.norm.'),
-        (r'\.projection\.', '.proj.'),
-        (r'\.attn\.attn\.out_proj\.', '.attn.proj.'),
-        (r'\.attn\.attn\.in_proj_', '.attn.qkv.'),
-        (r'\.ffn\.layers\.0\.', '.mlp.fc1.'),
-        (r'\.ffn\.layers\.1\.', '.mlp.dwconv.'),
-        (r'\.ffn\.layers\.4\.', '.mlp.fc2.'),
-    ],
-}
+# The stem's kernel in timm, in github.com/whai362/PVT, whose names timm itself knows, and in mmdet.
+STEMS = ('patch_embed.proj.weight', 'patch_embed1.proj.weight', 'layers.0.0.projection.weight')
+# From mmdet's names, or those of timm's features_only, to timm's.
+TO_TIMM = (
+    (r'^stages_(\d+)', r'stages.\1'),
+    (r'^layers\.0\.0\.', 'patch_embed.'),
+    (r'^layers\.(\d+)\.0\.', r'stages.\1.downsample.'),
+    (r'^layers\.(\d+)\.1\.(\d+)\.', r'stages.\1.blocks.\2.'),
+    (r'^layers\.(\d+)\.2\.', r'stages.\1.norm.'),
+    (r'\.projection\.', '.proj.'),
+    (r'\.attn\.attn\.out_proj\.', '.attn.proj.'),
+    (r'\.attn\.attn\.in_proj_', '.attn.qkv.'),
+    (r'\.ffn\.layers\.0\.', '.mlp.fc1.'),
+    (r'\.ffn\.layers\.1\.', '.mlp.dwconv.'),
+    (r'\.ffn\.layers\.4\.', '.mlp.fc2.'),
+)
 
 
 @WEIGHT_INITIALIZERS.register_module()
@@ -93,55 +92,33 @@ class PVTv2Init:
     writes a file.
 
     Args:
-        checkpoint: Path or URL, see :func:`timm_weights`.
+        checkpoint: Path or URL, see :func:`load_pvtv2`.
         images: Folder with images, also in its sub-folders, preferably those of the training. They serve to fit what
-            the two networks do not share. If you have no images, None takes noise with the spectrum of photographs.
+            the two networks do not share.
         num_images: Number of images to use, at least 2, evenly spread over the sorted names.
         steps: Gradient steps for each fitted layer.
 
     Raises:
-        ValueError: If ``num_images`` is below 2.
         CheckpointError: When it is called, if the checkpoint is unreadable or another model's, the backbone is a
-            variant that cannot start from PVTv2, or the images cannot be read.
+            variant that cannot start from PVTv2, or there are too few images or damaged ones.
     """
 
     checkpoint: str
-    images: Optional[str] = None
+    images: str
     num_images: int = 256
     steps: int = 100
 
-    def __post_init__(self) -> None:
-        if self.num_images < 2:
-            raise ValueError(f'num_images must be at least 2, got {self.num_images}')
-
     def __call__(self, linglo: LinGlo) -> None:
-        try:
-            self._initialize(linglo)
-        except ValueError as error:
-            raise CheckpointError(f'{type(self).__name__}: {error}') from error
-
-    def _initialize(self, linglo: LinGlo) -> None:
-        weights, _ = timm_weights(load_checkpoint_file(self.checkpoint), self.checkpoint)
-        pvtv2 = load_pvtv2(weights, linglo.arch, self.checkpoint)
-        device = next(linglo.parameters()).device
-        if self.images is None:
-            images = make_noise(self.num_images)
-        else:
-            images = read_images(self.images, self.num_images)
-        batches = [batch.to(device) for batch in images.split(max(1, min(16, len(images) // 2)))]
         training = linglo.training
-        origins, differences = convert_pvtv2(pvtv2.to(device), linglo, batches, self.steps)
+        pvtv2 = load_pvtv2(load_checkpoint_file(self.checkpoint), linglo.arch, self.checkpoint)
+        images = read_images(self.images, self.num_images)
+        batches = images.split(max(1, min(16, len(images) // 2)))
+        conversion = convert_pvtv2(pvtv2, linglo, batches, self.steps)
         linglo.train(training)
         info = f'{type(self).__name__}: {self.checkpoint}'
         if hasattr(linglo, '_params_init_info'):  # else mmengine reports all weights as unchanged
             update_init_info(linglo, init_info=info)
-        counts = Counter(origins.values())
-        print_log(
-            f'{info}: {", ".join(f"{counts[origin]} {origin}" for origin in ORIGINS)} of {len(origins)} tensors. '
-            'Difference between the outputs of its stages and those of PVTv2: '
-            f'{", ".join(f"{difference:.1%}" for difference in differences)}',
-            logger='current',
-        )
+        print_log(f'{info}: {describe_conversion(*conversion)}', logger='current')
 
 
 def read_images(folder: Union[str, Path], count: int, size: int = 224) -> Tensor:
@@ -156,125 +133,70 @@ def read_images(folder: Union[str, Path], count: int, size: int = 224) -> Tensor
         Images (B, 3, ``size``, ``size``).
 
     Raises:
-        ValueError: If there are fewer than 2 images, or one of them is damaged.
+        CheckpointError: If there are fewer than 2 images, or one of them is damaged.
     """
-    suffixes = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
-    paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in suffixes)
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(size * 8 // 7, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in IMG_EXTENSIONS)
     if len(paths) < 2:
-        raise ValueError(f'{str(folder)!r} holds {len(paths)} images, at least 2 are needed')
-    mean, spread = np.array([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
+        raise CheckpointError(f'{str(folder)!r} holds {len(paths)} images, at least 2 are needed')
     images = []
     for index in np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int):
-        image = mmcv.imread(paths[index])
-        if image is None:
-            raise ValueError(
+        try:
+            images.append(prepare(default_loader(paths[index])))
+        except OSError as error:
+            raise CheckpointError(
                 f'{str(paths[index])!r} is no image that can be read: remove or replace it'
-            )
-        scale = size * 8 / 7 / min(image.shape[:2])
-        image = mmcv.imrescale(image, scale, interpolation='bicubic')
-        top, left = ((side - size) // 2 for side in image.shape[:2])
-        image = image[top : top + size, left : left + size]
-        images.append(mmcv.imnormalize(image, mean, spread, to_rgb=True))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            ) from error
+    return torch.stack(images)
 
 
-def make_noise(count: int, size: int = 224) -> Tensor:
-    """Make noise (``count``, 3, ``size``, ``size``) whose amplitudes fall with the frequency, as in photographs.
-
-    The channels share most of the noise. It has mean 0 and variance 1, as normalized images have on average.
-    """
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
-    spectrum = 1 / (rows.square() + columns.square()).sqrt().clamp(min=1 / size)
-    white = torch.randn(count, 4, size, size, generator=generator)
-    noise = torch.fft.irfft2(torch.fft.rfft2(white) * spectrum, s=(size, size))
-    noise = noise[:, :1] + 0.3 * noise[:, 1:]
-    return (noise - noise.mean()) / noise.std()
-
-
-def timm_weights(checkpoint: dict, source: str) -> Tuple[Weights, Optional[Weights]]:
-    """Find PVTv2's weights in a checkpoint, and give them timm's names.
+def load_pvtv2(checkpoint: dict, arch: dict, source: str) -> nn.Module:
+    """Build timm's PVTv2 of a LinGlo's size from a checkpoint, in evaluation mode.
 
     Args:
-        checkpoint: What :func:`mmlinglo.utils.load_checkpoint_file` returned. The names
-            may be those of timm, mmdet or the PVT repository. The checkpoint may be a bare
-            backbone, or a classifier or detector with a prefix before all names.
-        source: Name for the error message.
-
-    Returns:
-        The backbone's weights; and the ``weight`` (classes, C) and ``bias`` (classes,)
-        of the classifier's linear layer, or None if there is no such layer.
-
-    Raises:
-        CheckpointError: If there is no PVTv2 in the file, or timm is missing.
-    """
-    weights = find_state_dict(checkpoint)
-    found = [
-        (key[: -len(stem)], stem)
-        for key in weights
-        for stem in _TO_TIMM
-        if f'.{key}'.endswith(f'.{stem}')
-    ]
-    if not found:
-        raise CheckpointError(
-            f'{source!r} holds no PVTv2: none of {", ".join(_TO_TIMM)} is among its '
-            f'{len(weights)} tensors ({", ".join([*weights][:3])}, ...). Give a checkpoint of '
-            "timm's, mmdet's or the PVT repository's PVTv2"
-        )
-    prefix, stem = found[0]
-    backbone: Weights = {}
-    for key, value in weights.items():
-        if not key.startswith(prefix) or key.startswith(f'{prefix}head.'):
-            continue
-        name = key[len(prefix) :]
-        for pattern, replacement in _TO_TIMM[stem]:
-            name = re.sub(pattern, replacement, name)
-        if re.search(r'\.mlp\.fc\d\.weight$', name) and value.dim() == 4:
-            value = value.flatten(1)  # mmdet's are 1x1 convolutions
-        if '.attn.qkv.' in name and value.dim() > 0:
-            channels = len(value) // 3
-            backbone[name.replace('.qkv.', '.q.')] = value[:channels]
-            backbone[name.replace('.qkv.', '.kv.')] = value[channels:]
-        else:
-            backbone[name] = value
-    backbone = _import_timm().checkpoint_filter_fn(backbone, None)
-    for layer in ('head.fc', f'{prefix}head'):
-        if f'{layer}.weight' in weights and f'{layer}.bias' in weights:
-            return backbone, {name: weights[f'{layer}.{name}'] for name in ('weight', 'bias')}
-    return backbone, None
-
-
-def _import_timm() -> ModuleType:
-    try:
-        import timm.models.pvt_v2  # needed here only
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            'PVTv2 itself comes from timm, which is missing: pip install timm'
-        ) from error
-    return timm.models.pvt_v2
-
-
-def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
-    """Build timm's PVTv2 of a LinGlo's size, without a classifier, in evaluation mode.
-
-    Args:
-        weights: Weights of the backbone, from :func:`timm_weights`.
+        checkpoint: What :func:`mmlinglo.utils.load_checkpoint_file` returned. The names may be those
+            of timm, mmdet or the PVT repository. The checkpoint may be a bare backbone, or a classifier
+            or detector with a prefix before all names.
         arch: :attr:`LinGlo.arch`. The depths come from :data:`PVTV2_DEPTHS`, else from LinGlo.
         source: Name for the error message.
 
+    Returns:
+        The network. Its ``head`` is the classifier's linear layer if the checkpoint has one.
+
     Raises:
-        CheckpointError: If the weights are of another size or model, or timm is missing.
+        CheckpointError: If there is no PVTv2 in the file, or one of another size, or timm is missing.
     """
+    timm_pvt = import_optional('timm.models.pvt_v2', 'PVTv2')
+    weights = find_state_dict(checkpoint)
+    found = (re.fullmatch(rf'(|.*\.)({"|".join(map(re.escape, STEMS))})', key) for key in weights)
+    prefix = next((match[1] for match in found if match), None)
+    if prefix is None:
+        raise CheckpointError(
+            f'{source!r} holds no PVTv2: none of {", ".join(STEMS)} is among its {len(weights)} '
+            f"tensors ({', '.join([*weights][:3])}, ...). Give a checkpoint of timm's, mmdet's or "
+            "the PVT repository's PVTv2"
+        )
+    # `head.fc` is mmpretrain's classifier
+    renamed = {re.sub(r'^head\.fc\.', f'{prefix}head.', k): v for k, v in weights.items()}
+    network = {k.removeprefix(prefix): v for k, v in renamed.items() if k.startswith(prefix)}
+    network = _rename_as_timm(network)
     depths = PVTV2_DEPTHS.get(arch['depths'], arch['depths'])
-    model = _import_timm().PyramidVisionTransformerV2(
-        num_classes=0,
+    model = timm_pvt.PyramidVisionTransformerV2(
+        num_classes=sum(network['head.bias'].shape) if 'head.bias' in network else 0,
         depths=depths,
         embed_dims=arch['embed_dims'],
         num_heads=arch['num_heads'],
         mlp_ratios=arch['mlp_ratio'],
     )
     try:
-        load_model_weights(model, weights, source)
+        load_model_weights(model, timm_pvt.checkpoint_filter_fn(network, model), source)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} (in timm's names). A LinGlo of the widths {arch['embed_dims']} and depths "
@@ -283,13 +205,29 @@ def load_pvtv2(weights: Weights, arch: dict, source: str) -> nn.Module:
     return model.eval()
 
 
+def _rename_as_timm(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Weights with timm's names and shapes; those of the PVT repository stay as they are."""
+    renamed = {}
+    for name, value in weights.items():
+        for pattern, replacement in TO_TIMM:
+            name = re.sub(pattern, replacement, name)
+        if re.search(r'\.mlp\.fc\d\.weight$', name) and value.dim() == 4:
+            value = value.flatten(1)  # mmdet's are 1x1 convolutions
+        if '.attn.qkv.' in name and value.dim() > 0:
+            query, *key_and_value = value.chunk(3)
+            renamed[name.replace('.qkv.', '.q.')] = query
+            name, value = name.replace('.qkv.', '.kv.'), torch.cat(key_and_value)
+        renamed[name] = value
+    return renamed
+
+
 def convert_pvtv2(
-    pvtv2: Layer, linglo: LinGlo, images: Maps, steps: int = 200
+    pvtv2: Layer, linglo: LinGlo, images: Sequence[Tensor], steps: int = 200
 ) -> Tuple[Dict[str, str], List[float]]:
     """Give a LinGlo the initial values that this module describes, in place.
 
     Args:
-        pvtv2: The network from :func:`load_pvtv2`.
+        pvtv2: The network from :func:`load_pvtv2`. Afterwards it is on the device of ``linglo``.
         linglo: The initialized backbone. Afterwards it is in evaluation mode.
         images: At least 2 batches (B, 3, H, W), normalized as for training. The fits do
             not use the last fifth of them, at least one batch.
@@ -303,13 +241,25 @@ def convert_pvtv2(
         did not use.
 
     Raises:
-        ValueError: If ``linglo`` is a variant whose layers have no counterparts in PVTv2,
+        CheckpointError: If ``linglo`` is a variant whose layers have no counterparts in PVTv2,
             or there are too few batches.
     """
     _check_variant(linglo)
     if len(images) < 2:
-        raise ValueError(f'at least 2 batches of images are needed, got {len(images)}')
-    return _Converter(linglo.eval(), images, steps).convert(pvtv2)
+        raise CheckpointError(f'at least 2 batches of images are needed, got {len(images)}')
+    device = next(linglo.parameters()).device
+    converter = _Converter(linglo.eval(), [batch.to(device) for batch in images], steps)
+    return converter.convert(pvtv2.to(device))
+
+
+def describe_conversion(origins: Dict[str, str], differences: List[float]) -> str:
+    """Write what :func:`convert_pvtv2` returned as a sentence."""
+    counts = Counter(origins.values())
+    return (
+        f'{", ".join(f"{counts[origin]} {origin}" for origin in ORIGINS)} of {len(origins)} tensors. '
+        'Difference between the outputs of its stages and those of PVTv2, on images not used for '
+        f'fitting: {", ".join(f"{difference:.1%}" for difference in differences)}'
+    )
 
 
 class _Converter:
@@ -464,7 +414,7 @@ def _check_variant(linglo: LinGlo) -> None:
         'deploy': linglo.deploy,
     }
     if any(wrong.values()):
-        raise ValueError(
+        raise CheckpointError(
             'to start from PVTv2, LinGlo needs images of 3 channels, key-only attention, a convolutional positional '
             'encoding with batch norms, overlapping patches, biases, no frozen stage, and its '
             f'training form; drop {", ".join(k for k, v in wrong.items() if v)} from the config'

@@ -73,7 +73,7 @@ def _is_shown(level: str, message: str, caller: str) -> bool:
         return not (re.match(r'(Epoch|Iter)\((val|test)\)', message) and 'eta:' in message)
     if '.evaluation.' in caller:
         return '\n' in message  # the tables
-    if caller.endswith('checkpoint_hook'):
+    if caller == 'mmengine.hooks.checkpoint_hook':
         return 'best checkpoint' in message
     return caller.startswith('mmlinglo.')
 

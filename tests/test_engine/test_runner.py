@@ -101,7 +101,10 @@ def test_another_model_is_not_resumed(tmp_path):
         optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.05),
         paramwise_cfg=dict(norm_decay_mult=0.0),
     )
-    with pytest.raises(CheckpointError, match='6 parameters in 1 groups'):
+    with pytest.raises(
+        CheckpointError,
+        match=r'parameter group.*same model, optimizer and paramwise_cfg.*load_from=',
+    ):
         build_runner(
             tmp_path / 'third', optim_wrapper=groups, load_from=checkpoint, resume=True
         ).train()
@@ -112,52 +115,32 @@ def test_another_model_is_not_resumed(tmp_path):
     assert len(recorder.losses) == 12
 
 
-class Counting(Recorder):
-    """A hook of somebody's with a state."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def after_train_iter(self, *args, **kwargs):
-        super().after_train_iter(*args, **kwargs)
-        self.count += 1
-
-    def state_dict(self):
-        return dict(count=self.count)
-
-    def load_state_dict(self, state):
-        self.count = state['count']
-
-
 @pytest.mark.parametrize('save_best', [None, 'score'])
 @pytest.mark.parametrize('stop_after', [2, 4])
-def test_the_state_of_hooks_is_resumed(save_best, stop_after, tmp_path):
+def test_early_stopping_is_resumed(save_best, stop_after, tmp_path):
     """Early stopping at epoch 4, resumed after epoch 2 or after it had stopped."""
     scores = [50.0, 40.0, 45.0, 20.0, 90.0, 25.0]
 
     def run(folder, scores, **kwargs):
         stopping = EarlyStoppingHook(monitor='score', rule='greater', patience=3)
-        counting = Counting()
         runner = build_runner(
-            folder, length=6, val_interval=1, scores=scores, hooks=[stopping, counting, ReseedHook()],
+            folder, length=6, val_interval=1, scores=scores, hooks=[stopping, ReseedHook()],
             checkpoint=dict(save_best=save_best, rule='greater') if save_best else None, **kwargs,
         )  # fmt: skip
         runner.train()
-        return runner, stopping, counting
+        return runner, stopping
 
-    runner, stopping, counting = run(tmp_path / 'whole', scores)
+    runner, stopping = run(tmp_path / 'whole', scores)
     assert (runner.epoch, stopping.best_score, stopping.wait_count) == (4, 50.0, 3)
 
     # the validation of the resumed epoch is repeated
-    resumed, again, counted = run(
+    resumed, again = run(
         tmp_path / 'resumed',
         scores[stop_after - 1 :],
         load_from=str(tmp_path / f'whole/epoch_{stop_after}.pth'),
         resume=True,
     )
     assert (resumed.epoch, again.best_score, again.wait_count) == (4, 50.0, 3)
-    assert counted.count == counting.count == 12
     for key, value in runner.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key])
 

@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from mmengine.fileio import LocalBackend
 from mmengine.logging import MMLogger
 from toy import Recorder, build_runner
 
@@ -32,24 +31,30 @@ def is_whole(path):
 
 @pytest.fixture
 def moments(tmp_path, monkeypatch):
-    """Whole checkpoints in ``tmp_path`` before each renaming and after each removal."""
+    """Whole checkpoints in ``tmp_path`` before each renaming, and before and after each removal."""
     seen = []
 
     def look():
         seen.append([p.name for p in sorted(tmp_path.glob('*.pth')) if is_whole(p)])
         assert len(seen[-1]) == len(list(tmp_path.glob('*.pth')))
 
-    replace, remove = os.replace, LocalBackend.remove
+    def remove(path, **kwargs):
+        look()
+        assert is_whole((tmp_path / 'last_checkpoint').read_text())
+        unlink(path, **kwargs)
+        look()
+
+    replace, unlink = os.replace, Path.unlink
     monkeypatch.setattr(os, 'replace', lambda *args: (look(), replace(*args)))
-    monkeypatch.setattr(LocalBackend, 'remove', lambda *args: (remove(*args), look()))
+    monkeypatch.setattr(Path, 'unlink', remove)
     return seen
 
 
 def test_there_is_a_whole_checkpoint_at_every_moment(moments, tmp_path):
     build_runner(tmp_path, checkpoint=dict(max_keep_ckpts=1)).train()
-    # each is renamed, then last_checkpoint is, then the one before is removed
+    # each is renamed, then the one before is removed
     assert moments == [
-        [], ['epoch_1.pth'],
+        [],
         ['epoch_1.pth'], ['epoch_1.pth', 'epoch_2.pth'], ['epoch_2.pth'],
         ['epoch_2.pth'], ['epoch_2.pth', 'epoch_3.pth'], ['epoch_3.pth'],
         ['epoch_3.pth'], ['epoch_3.pth', 'epoch_4.pth'], ['epoch_4.pth'],
@@ -175,12 +180,13 @@ def test_killed_before_the_best_one_before_is_removed(tmp_path, monkeypatch):
     settings = dict(checkpoint=dict(save_best='score', rule='greater'), val_interval=1)
     runner = build_runner(tmp_path, scores=[1, 2], **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(LocalBackend, 'remove', mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(Path, 'unlink', mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             runner.train()
     bests = [f'best_score_epoch_{i}.pth' for i in (1, 2)]
     assert [name for name in names(tmp_path) if 'best' in name] == bests
-    build_runner(tmp_path, scores=[2, 1, 1], resume=True, **settings).train()
+    # a repeated validation may have another score, and the best one the same name
+    build_runner(tmp_path, scores=[3, 1, 1], resume=True, **settings).train()
     assert [name for name in names(tmp_path) if 'best' in name] == bests[1:]
 
 

@@ -54,7 +54,8 @@ def start(config, work_dir, *options, rank=0, ranks=1, port=None, crash=None):
     """
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    argv = [str(ROOT / 'tools/train.py'), str(config), '--work-dir', str(work_dir), '--resume']
+    argv = [str(ROOT / 'tools/train.py'), str(config), '--work-dir', str(work_dir)]
+    argv += ['--resume', '--verbose']  # tests read the log
     environment = dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
     if ranks > 1:
         argv += ['--launcher', 'pytorch']

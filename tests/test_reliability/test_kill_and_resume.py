@@ -13,7 +13,7 @@ from faults import (
 )
 
 pytestmark = pytest.mark.slow
-OPERATIONS = 8  # on files; five for a regular checkpoint, seven more for a new best one
+OPERATIONS = 8  # on files; four for a regular checkpoint, six more for a new best one
 
 
 @pytest.fixture(scope='module')

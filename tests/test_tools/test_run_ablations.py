@@ -72,13 +72,13 @@ def test_campaign(cifar10, tmp_path):
     time.sleep(1)
     assert validated(first) == [before]  # the training ended with the campaign
 
-    # The first goes on after its last validated epoch; the second cannot write its checkpoint.
+    # The first repeats its last validation and goes on; the second cannot write its checkpoint.
     (second / 'epoch_1.pth').mkdir(parents=True)
     result = run_tool(*command, check=False)
     assert result.returncode == 1
     assert result.stderr.endswith(f'error: 1 trainings failed: {second}\n')
     assert f'[2/2] {second}: failed, see {second}/train.log' in result.stdout
-    assert validated(first) == [before, list(range(before[-1] + 1, EPOCHS + 1))]
+    assert validated(first) == [before, list(range(before[-1], EPOCHS + 1))]
     assert [path.name for path in first.glob('*.pth')] == [f'epoch_{EPOCHS}.pth']
     rows = json.loads((tmp_path / 'results/campaign.json').read_text())['rows']
     assert [(row['row'], row['seeds']) for row in rows] == [('linglo-b0-cpe', 1), ('resnet18', 0)]

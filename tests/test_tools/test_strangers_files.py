@@ -24,7 +24,7 @@ from mmlinglo.checkpoint import use_in_mmengine
 from mmlinglo.utils import CheckpointError, load_checkpoint_file
 from mmlinglo.utils.cli import load_config
 from mmlinglo.utils.deploy import build_model
-from mmlinglo.utils.pvtv2 import load_pvtv2, timm_weights
+from mmlinglo.utils.pvtv2 import load_pvtv2
 
 CLASSIFIER = ROOT / 'configs/quickstart/linglo-b0_2xb16-8e_shapes.py'
 CONFIGS = dict(
@@ -230,13 +230,22 @@ def test_weights_that_do_not_fit(change, message, suffix, run, classifier_weight
     assert not (tmp_path / 'out').exists()
 
 
-def test_numbers_in_place_of_matrices_are_no_pvtv2():
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('patch_embed1.proj.weight', 'block1.0.attn.kv.weight', 'head.bias'),
+        (
+            'layers.0.0.projection.weight',
+            'layers.0.1.0.attn.attn.in_proj_weight',
+            'layers.0.1.0.ffn.layers.0.weight',
+        ),
+    ],
+)
+def test_numbers_in_place_of_matrices_are_no_pvtv2(names):
     pytest.importorskip('timm')
-    names = ('layers.0.0.projection.weight', 'layers.0.1.0.attn.attn.in_proj_weight')
-    weights = {name: torch.tensor(1.0) for name in (*names, 'layers.0.1.0.ffn.layers.0.weight')}
-    backbone, _ = timm_weights(weights, 'file')
+    weights = {name: torch.tensor(1.0) for name in names}
     with pytest.raises(CheckpointError, match="'file' does not fit this model"):
-        load_pvtv2(backbone, LinGlo(arch='b0').arch, 'file')
+        load_pvtv2(weights, LinGlo(arch='b0').arch, 'file')
 
 
 def place_picture(path: Path) -> None:

@@ -14,7 +14,6 @@ from mmengine.model import ExponentialMovingAverage, PretrainedInit
 from torch.optim.swa_utils import AveragedModel
 
 from mmlinglo import LinGlo
-from mmlinglo.checkpoint import check_resumable
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
 
 
@@ -353,20 +352,3 @@ def test_names_that_only_look_like_wrappers_stay():
     model.weight = torch.nn.Parameter(torch.zeros(2, 2))
     model.bias = torch.nn.Parameter(torch.zeros(2))
     load_model_weights(model, {'state_dict': model.state_dict()}, 'file')
-
-
-def test_resuming_another_model_or_optimizer_is_refused():
-    model = torch.nn.Linear(2, 3)
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint = dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict())
-    check_resumable(model, [optimizer], checkpoint, 'file')
-    several = dict(checkpoint, optimizer=dict(a=optimizer.state_dict(), b=optimizer.state_dict()))
-    check_resumable(model, [optimizer, optimizer], several, 'file')
-
-    other = torch.nn.Linear(2, 4)
-    message = r'\(3, 2\) instead of \(4, 2\).*another .*--cfg-options load_from=file'
-    with pytest.raises(CheckpointError, match=message):
-        check_resumable(other, [torch.optim.AdamW(other.parameters())], checkpoint, 'file')
-    for groups in ([model.weight], [{'params': [model.weight]}, {'params': [model.bias]}]):
-        with pytest.raises(CheckpointError, match=r'2 parameters in 1 groups.*load_from=file'):
-            check_resumable(model, [torch.optim.AdamW(groups)], checkpoint, 'file')

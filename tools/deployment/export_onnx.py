@@ -67,7 +67,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
         load_model_weights(model, checkpoint, args.checkpoint)
     deploy.stop_masking_padding(model)
-    part, names = export.Logits(model).eval(), ['logits']
+    part, names = model, ['logits']  # what a classifier returns by default
     if args.part == 'backbone':
         part, names = model.backbone, [f'stage{i}' for i in model.backbone.out_indices]
     # The first batch has the size to export, the second one tests dynamic sizes.

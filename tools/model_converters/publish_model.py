@@ -19,7 +19,7 @@ from mmengine.config import DictAction
 from torch import Tensor
 
 import mmlinglo
-from mmlinglo.checkpoint import check_finite, find_state_dict, import_safetensors
+from mmlinglo.checkpoint import check_finite, find_state_dict, import_optional
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, add_trust_argument, load_config, run
 from mmlinglo.utils.deploy import build_model
@@ -72,7 +72,8 @@ def serialize(weights: Dict[str, Tensor], meta: dict, safetensors: bool) -> byte
     weights = {key: value.detach().clone().contiguous() for key, value in weights.items()}
     if safetensors:
         # Metadata must be texts. One text, because the file's order of several is random.
-        return import_safetensors().torch.save(weights, metadata=dict(meta=json.dumps(meta)))
+        save = import_optional('safetensors.torch', '--safetensors').save
+        return save(weights, metadata=dict(meta=json.dumps(meta)))
     buffer = io.BytesIO()  # not a file, because torch would store the file's name
     torch.save(dict(meta=meta, state_dict=weights), buffer)
     return buffer.getvalue()

@@ -10,22 +10,19 @@ LinGlo. mmlinglo/utils/pvtv2.py explains the method.
 import argparse
 import itertools
 import math
-import re
-from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import List, Optional
 
 import torch
 from mmengine.runner import Runner, set_random_seed
-from torch import Tensor
 
 import mmlinglo
-from mmlinglo.analysis.report import at_least, format_table
+from mmlinglo.analysis.report import at_least
 from mmlinglo.utils import cli, load_checkpoint_file
 from mmlinglo.utils.cli import UsageError
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
-from mmlinglo.utils.pvtv2 import ORIGINS, convert_pvtv2, load_pvtv2, timm_weights
+from mmlinglo.utils.pvtv2 import convert_pvtv2, describe_conversion, load_pvtv2
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -62,8 +59,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     model.backbone.init_weights()
     model = model.to(device)
     checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
-    weights, head = timm_weights(checkpoint, args.checkpoint)
-    pvtv2 = load_pvtv2(weights, model.backbone.arch, args.checkpoint).to(device)
+    pvtv2 = load_pvtv2(checkpoint, model.backbone.arch, args.checkpoint)
     try:
         loader = Runner.build_dataloader(cfg.train_dataloader, seed=args.seed)
     except (AssertionError, FileNotFoundError) as error:  # not the classes, or nothing there
@@ -74,46 +70,24 @@ def main(argv: Optional[List[str]] = None) -> int:
         ) from error
     batches = itertools.islice(loader, max(2, math.ceil(args.images / loader.batch_size)))
     images = [model.data_preprocessor(data, training=True)['inputs'] for data in batches]
-    try:
-        origins, differences = convert_pvtv2(pvtv2, model.backbone, images, args.steps)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-    state = {f'backbone.{name}': value for name, value in model.backbone.state_dict().items()}
+    origins, differences = convert_pvtv2(pvtv2, model.backbone, images, args.steps)
     origins = {f'backbone.{name}': origin for name, origin in origins.items()}
-    layer = getattr(getattr(model, 'head', None), 'fc', None)
-    if head and layer is not None and layer.weight.shape == head['weight'].shape:
-        taken = {f'head.fc.{name}': value for name, value in head.items()}
-        state.update(taken)
+    head = getattr(getattr(model, 'head', None), 'fc', None)
+    taken = {f'head.fc.{name}': value for name, value in pvtv2.head.state_dict().items()}
+    if taken and head is not None and head.weight.shape == pvtv2.head.weight.shape:
+        model.load_state_dict(taken, strict=False)
         origins.update(dict.fromkeys(taken, 'taken'))
+    state = {name: value.cpu() for name, value in model.state_dict().items() if name in origins}
     source = dict(source=args.checkpoint, images=sum(map(len, images)), steps=args.steps)
     source.update(seed=args.seed, origins=origins, differences=differences)
     meta = dict(cfg=cfg.pretty_text, mmlinglo_version=mmlinglo.__version__, pvtv2=source)
     with complete_file(out) as file:
-        torch.save(dict(meta=meta, state_dict={k: v.cpu() for k, v in state.items()}), file)
-    print(summary(state, origins))
+        torch.save(dict(meta=meta, state_dict=state), file)
     print(
-        f"difference between the stages' outputs and PVTv2's, on images not used for fitting: "
-        f'{", ".join(f"{difference:.1%}" for difference in differences)}\n'
-        f"written: {out}; train from it with init_cfg=dict(type='Pretrained', "
-        f"checkpoint='{out}', prefix='backbone.')"
+        f'{out}: {describe_conversion(origins, differences)}\n'
+        f"train from it with init_cfg=dict(type='Pretrained', checkpoint='{out}', prefix='backbone.')"
     )
     return 0
-
-
-def summary(state: Dict[str, Tensor], origins: Dict[str, str]) -> str:
-    """Make a table of the tensors by origin and name, with * for stage and block numbers."""
-    tensors, numbers = Counter(), Counter()
-    for name, value in state.items():
-        layer = re.sub(r'\.\d+(?=\.)', '.*', name).rpartition('.')[0]
-        for key in ((origins[name], f'all {origins[name]}'), (origins[name], layer)):
-            tensors[key] += 1
-            numbers[key] += value.numel()
-    rows = [
-        dict(origin=key[0], layer=key[1], tensors=tensors[key], numbers=numbers[key])
-        for key in sorted(tensors, key=lambda key: (ORIGINS.index(key[0]), key[1]))
-    ]
-    return format_table(rows, {column: column for column in rows[0]})
 
 
 if __name__ == '__main__':
