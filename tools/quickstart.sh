@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # bash tools/quickstart.sh [detection|segmentation|classification]
-# Sets the environment up if need be, makes a small synthetic data set, trains LinGlo-b0 on it, evaluates it, draws its
-# predictions on unseen pictures and makes a page about it all. Everything ends up in data/shapes/ and
-# work_dirs/quickstart-<task>/, or in work_dirs/quickstart-<task>-2/ and so on if there is one already.
-# Variables: PYTHON uses another Python than .venv's and sets nothing up; those of tools/setup_env.sh.
+# Sets up the environment if it is missing, makes a small synthetic data set, trains LinGlo-b0 on it, evaluates it, draws
+# its predictions on unseen pictures and makes a report page. You find the data in data/shapes/ and everything else in
+# work_dirs/quickstart-<task>/. If this folder exists, the script uses work_dirs/quickstart-<task>-2/ and so on.
+# Variables: those of tools/setup_env.sh. PYTHON is the Python to use instead of .venv's; then nothing is set up.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/stack.sh

@@ -7,8 +7,8 @@
 #   2. a wheel from the page or folder that MMCV_INDEX names; it must fit this Python, torch and CUDA
 #   3. torchvision, through a stand-in that needs no compiler (mmlinglo/mmcv_ops.py)
 # Options:
-#   --compile   compile mmcv instead of 2 and 3, once for each torch, Python and CUDA. This takes 16 minutes on 2 cores.
-#               It needs g++, and on a machine with GPUs also nvcc
+#   --compile   compile mmcv instead of 2 and 3, once for each torch, Python and CUDA. It needs g++ and 16 minutes on 2 cores;
+#               for GPUs, it needs nvcc, too, and more than an hour
 #   --stand-in  use the stand-in even if there is a wheel
 #   -h, --help  print this
 # Variables:
@@ -17,7 +17,8 @@
 #   MMLINGLO_VENV         the environment's folder (default: .venv, or .venv-openmmlab, in the checkout)
 #   MMLINGLO_WHEEL_CACHE  the wheel cache (default: ~/.cache/mmlinglo/wheels)
 #   MMCV_INDEX            page or folder with wheels of mmcv, for pip's --find-links
-#   MMCV_OPS=cpu          with --compile: compile no CUDA operators on a machine with GPUs
+#   MMCV_OPS=cpu|cuda     with --compile: the device to compile for; default: cuda on a machine with GPUs, else cpu. On a
+#                         machine without a GPU, cuda also needs TORCH_CUDA_ARCH_LIST, such as 9.0 for an H100
 #   PYTHON                the Python to make the environment from (default: python3.11, or 3.10, 3.12, 3.13)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
@@ -31,6 +32,7 @@ fail() { echo "[setup_env] error: $*" >&2; exit 1; }
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 pin() { sed -n "s/^$1==//p" "${@:2}"; }
 
+[[ ${MMCV_OPS:-cpu} =~ ^(cpu|cuda)$ ]] || fail "MMCV_OPS is '$MMCV_OPS'; it must be cpu or cuda"
 case $#:${1:-} in
 0: | 1:--compile | 1:--stand-in) want=${1:-} ;;
 *) usage ;;
@@ -94,7 +96,7 @@ make_venv() {
 # torch's build without CUDA is a tenth of the size. PyPI does not have it, but another index that pip uses may.
 install_torch() {
     say "installing torch $TORCH and torchvision $TORCHVISION"
-    if ! nvidia-smi -L >/dev/null 2>&1; then
+    if [ "${MMCV_OPS:-}" != cuda ] && ! nvidia-smi -L >/dev/null 2>&1; then
         if pip install -q "torch==$TORCH+cpu" "torchvision==$TORCHVISION+cpu" "${BUILD_TOOLS[@]}" 2>/dev/null; then return; fi
         compgen -G "$VENV/lib/python*/site-packages/torch" >/dev/null || say 'This is the build for GPUs (5 GB), since your package index has no build for CPUs. If you can reach it,' \
             'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has one (1 GB)'
@@ -103,19 +105,22 @@ install_torch() {
 }
 
 compile_mmcv() { # into the folder $1
-    local nvcc major ops=()
+    local nvcc major ops=() duration='16 minutes on 2 cores'
     command -v g++ >/dev/null || fail "g++ not found: on Debian or Ubuntu, apt-get install g++"
     "$python" -c 'import os, sysconfig as s; open(os.path.join(s.get_paths()["include"], "Python.h"))' 2>/dev/null ||
         fail "the headers of $("$python" --version) are missing: on Debian or Ubuntu, apt-get install python3-dev"
     if [ "$device" = cpu ]; then
         ops=(CUDA_VISIBLE_DEVICES=-1 FORCE_CUDA=0)
     else
+        ops=(FORCE_CUDA=1) duration='more than an hour on 2 cores'
         nvcc=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\).*/\1/p')
         major=${device#cu}
         [ "$nvcc" = "${major%%.*}" ] ||
-            fail "to compile mmcv's operators for this machine's GPU, nvcc of CUDA ${major%%.*} must be on PATH (found: ${nvcc:-none}). Without --compile, torchvision's operators run on the GPU"
+            fail "to compile mmcv's operators for a GPU, nvcc of CUDA ${major%%.*} must be on PATH (found: ${nvcc:-none}). Without --compile, torchvision's operators run on the GPU"
+        [ -n "${TORCH_CUDA_ARCH_LIST:-}" ] || nvidia-smi -L >/dev/null 2>&1 ||
+            fail "there is no GPU here: name the kind to compile for, such as TORCH_CUDA_ARCH_LIST=9.0 for an H100"
     fi
-    say "compiling $mmcv for $key (once; 16 minutes on 2 cores)"
+    say "compiling $mmcv for $key (once; $duration)"
     # --no-build-isolation: a build that cannot see torch silently leaves the operators out.
     # --no-cache-dir: pip's own cache could hold a wheel that was built against another torch.
     env "${ops[@]}" "$python" -m pip wheel --no-cache-dir --no-build-isolation --no-deps -w "$1" "$mmcv" \
@@ -191,10 +196,13 @@ if [ -z "$is_ready" ]; then
     touch "$UNFINISHED"
     install_torch
 fi
-device=cpu
-if [ "${MMCV_OPS:-}" != cpu ]; then
-    device=$("$python" -c 'import torch; c = torch.cuda.is_available(); print("cu" + torch.version.cuda if c else "cpu")')
-fi
+device=$("$python" - "${MMCV_OPS:-}" <<'DEVICE'
+import sys, torch
+on_gpu = sys.argv[1] == 'cuda' or (sys.argv[1] != 'cpu' and torch.cuda.is_available())
+print(f'cu{torch.version.cuda}' if on_gpu else 'cpu')
+DEVICE
+)
+[ "$device" != cuNone ] || fail "torch in $VENV was built without CUDA: remove the folder, and run this again"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 key=torch$TORCH-$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-$device

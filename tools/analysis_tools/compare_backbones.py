@@ -3,7 +3,7 @@
 
 Each backbone that timm or mmdet provides takes LinGlo's place in this package's classifier, RetinaNet and
 SemanticFPN. Weights are random, and nothing is downloaded. The tool prints one table per task, and writes
-<out>.json, <out>.csv and <out>.png. It counts LinGlo as the paper writes it: see
+<out>.json, <out>.csv and <out>.png. It counts LinGlo as the paper defines it: see
 mmlinglo/analysis/complexity.py.
 """
 
