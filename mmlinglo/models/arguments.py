@@ -13,10 +13,15 @@ def check_integer(name: str, value: Any, low: int, high: Optional[int] = None) -
         ValueError: If it is out of range.
     """
     allowed = f'of at least {low}' if high is None else f'in [{low}, {high}]'
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not is_integer(value):
         raise TypeError(f'{name} must be an integer {allowed}, got {value!r}')
     if value < low or (high is not None and value > high):
         raise ValueError(f'{name} must be an integer {allowed}, got {value!r}')
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer; truth values are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:

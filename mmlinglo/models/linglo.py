@@ -3,7 +3,6 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from itertools import accumulate
-from numbers import Integral
 from operator import mul
 from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -22,7 +21,7 @@ from mmlinglo.checkpoint import load_pretrained_backbone
 from mmlinglo.registry import MODELS
 
 from .arch import ARCHS, Arch
-from .arguments import check_integer, get_length, is_number
+from .arguments import check_integer, get_length, is_integer, is_number
 from .fast import ConditionalPositionalEncoding, FastLinGloNetwork, Rewriting
 from .fast.seam import PLAIN_LAYERS
 from .init import init_layer
@@ -300,14 +299,15 @@ class LinGlo(FastLinGloNetwork, BaseModule):
             norms and whatever has not the prefix.
         """
         depths = self.arch.depths[: len(self.stages)]
-        num_layers = sum(depths) + 2
-        names = param_name[len(prefix) :].split('.')
-        if param_name.startswith(prefix) and names[0] == 'patch_embed':
-            return 0, num_layers
-        if param_name.startswith(prefix) and names[0] == 'stages':
-            depth = 1 + sum(depths[: int(names[1])])
-            return depth + (int(names[3]) if names[2] == 'blocks' else 0), num_layers
-        return num_layers - 1, num_layers
+        depth = last = sum(depths) + 1
+        if param_name.startswith(prefix):
+            part, *names = param_name[len(prefix) :].split('.')
+            if part == 'patch_embed':
+                depth = 0
+            elif part == 'stages':
+                block = int(names[2]) if names[1] == 'blocks' else 0
+                depth = 1 + sum(depths[: int(names[0])]) + block
+        return depth, last + 1
 
     def _check_images(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -387,22 +387,17 @@ def _parse_layout(
 
 
 def _parse_out_indices(out_indices: Union[int, Sequence[int]], num_stages: int) -> Tuple[int, ...]:
-    given = (out_indices,) if isinstance(out_indices, Integral) else out_indices
-    if get_length(given) is None or any(
-        isinstance(i, bool) or not isinstance(i, Integral) for i in given
-    ):
-        raise TypeError(
-            'out_indices must be a stage number or a sequence of stage numbers in '
-            f'[-{num_stages}, {num_stages - 1}], got {out_indices!r}'
-        )
+    given: Any = [out_indices] if get_length(out_indices) is None else out_indices
+    message = (
+        'out_indices must be a stage number or a sequence of distinct stage numbers, at least one, '
+        f'in [-{num_stages}, {num_stages - 1}], got {out_indices!r}'
+    )
+    if not all(is_integer(i) for i in given):
+        raise TypeError(message)
     indices = tuple(int(i) + num_stages if i < 0 else int(i) for i in given)
-    if not indices or len(set(indices)) != len(indices):
-        raise ValueError(f'out_indices must be distinct and at least one, got {out_indices}')
-    if not all(0 <= i < num_stages for i in indices):
-        raise ValueError(
-            f'out_indices must be stage numbers in [-{num_stages}, {num_stages - 1}], '
-            f'got {out_indices}'
-        )
+    exist = all(0 <= i < num_stages for i in indices)
+    if not indices or not exist or len(set(indices)) < len(indices):
+        raise ValueError(message)
     return indices
 
 
@@ -419,19 +414,16 @@ class _KeepRunningStats:
     again, for a second backward pass through the same graph.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    def __init__(self, block: nn.Module) -> None:
+        norms = (m for m in block.modules() if isinstance(m, _BatchNorm))
+        self.norms = [norm for norm in norms if norm.track_running_stats]
 
     def __enter__(self) -> None:
-        self.before = [
-            (norm, norm.momentum, norm.num_batches_tracked.clone())
-            for norm in self.norms
-            if norm.track_running_stats
-        ]
-        for norm, _, _ in self.before:
+        self.before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self.norms]
+        for norm in self.norms:
             norm.momentum = 0.0
 
     def __exit__(self, *_: object) -> None:
-        for norm, momentum, num_batches_tracked in self.before:
+        for norm, (momentum, num_batches_tracked) in zip(self.norms, self.before):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(num_batches_tracked)

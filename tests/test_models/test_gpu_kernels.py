@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from mmlinglo import LinGlo
 from mmlinglo.models import ConditionalPositionalEncoding
 from mmlinglo.models.fast import gpu
 from mmlinglo.models.fast import patch_moments as eager
+from mmlinglo.models.linglo import CheckpointedBlocks
 
 pytest.importorskip('triton')
 KERNELS = [
@@ -61,6 +63,12 @@ def run(encoding, x, head):
     out = encoding(x)
     gradients = torch.autograd.grad((out * head).sum(), [x, *encoding.parameters()])
     return [out, *gradients], encoding.state_dict()
+
+
+def run_in_place(module, x):
+    """Gradient of the input; the statistics of the module go on."""
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(module(x).sin().sum(), x)[0]
 
 
 def check_moments(shape, layout):
@@ -147,6 +155,18 @@ def check_other_ways():
     (gradient,) = torch.autograd.grad(build(4)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         gradient.sum().backward()
+    # Cumulative averages, and blocks that are computed again without updating them again.
+    cumulative = build(4, norm_layer=partial(torch.nn.BatchNorm2d, momentum=None))
+    again, exact = CheckpointedBlocks(copy.deepcopy(cumulative)), copy.deepcopy(cumulative).double()
+    for step in range(3):
+        leaf = torch.randn(2, 4, 5, 6) + step
+        gradients = [run_in_place(module, leaf) for module in (cumulative, again)]
+        assert_close(*gradients, rtol=0, atol=0)
+        with mmlinglo.literal():
+            exact(leaf.double())
+    for name, value in exact.state_dict().items():
+        for module in (cumulative, again[0]):
+            assert_close(module.state_dict()[name].to(value), value, rtol=1e-5, atol=1e-5)
     # One graph each for forward and backward.
     encoding, head = build(4), torch.randn_like(x)
     compiled = torch.compile(copy.deepcopy(encoding), backend='aot_eager', fullgraph=True)
@@ -339,8 +359,8 @@ def test_which_tensors_take_the_kernels(monkeypatch):
 
 def test_tables_are_kept_on_a_device():
     like = torch.empty(3, device='meta')
-    assert eager._constant('assembly', like) is eager._constant('assembly', like)
-    sizes = [eager._inside_moments_like(5, 7, like) for _ in range(2)]
+    assert eager._keep_like(like, eager._TABLES) is eager._keep_like(like, eager._TABLES)
+    sizes = [eager._keep_like(like, eager._inside_moments(5, 7), 5, 7) for _ in range(2)]
     assert sizes[0] is sizes[1]
     assert gpu._tables(torch.device('cpu'))[0] is gpu._tables(torch.device('cpu'))[0]
 

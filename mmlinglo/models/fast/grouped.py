@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .positional_encoding import ConditionalPositionalEncoding
+from .positional_encoding import ConditionalPositionalEncoding, update_running_statistics
 
 
 class GroupedPositionalEncoding(ConditionalPositionalEncoding, plain=True):
@@ -26,27 +26,17 @@ class GroupedPositionalEncoding(ConditionalPositionalEncoding, plain=True):
             return None
         convs, norms = zip(*self.branches)
         first, channels = norms[0], x.shape[1]
-        settings = {
-            (type(norm), norm.momentum, norm.eps, norm.training, norm.track_running_stats)
-            for norm in norms
-        }
-        if type(first) is not nn.BatchNorm2d or first.momentum is None or len(settings) > 1:
+        if type(first) is not nn.BatchNorm2d:
             return None
         kernel = _Interleave.apply(*(conv.weight for conv in convs))
         out = F.conv2d(x, kernel, padding=1, groups=channels)
         weight = _Interleave.apply(*(norm.weight for norm in norms))
         bias = _Interleave.apply(*(norm.bias for norm in norms))
-        mean = var = None
-        if first.training and first.track_running_stats:
-            mean, var = first.running_mean.new_zeros(2, len(kernel))
+        mean, var = weight.detach().new_zeros(2, len(kernel))
         # With a momentum of 1 the running statistics are those of the batch.
         out = F.batch_norm(out, mean, var, weight, bias, True, 1.0, first.eps)
-        if mean is not None:
-            running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-            batch = [*mean.view(channels, -1).unbind(1), *var.view(channels, -1).unbind(1)]
-            with torch.no_grad():
-                torch._foreach_lerp_(running, batch, first.momentum)
-                torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        mean, var = (each.view(channels, -1).t() for each in (mean, var))
+        update_running_statistics(norms, mean, var)
         # Autocast would sum in, and return, float32 if no type were given.
         out = out.permute(0, 2, 3, 1).unflatten(3, (channels, -1)).sum(4, dtype=out.dtype)
         out = out.permute(0, 3, 1, 2)

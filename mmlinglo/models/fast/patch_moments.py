@@ -23,7 +23,7 @@ known from the geometry.
 
 from functools import lru_cache
 from itertools import product
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -83,15 +83,14 @@ def _moments(x: Tensor, centre: Tensor, correlation: Tensor) -> Tuple[Tensor, Te
     """Of maps (B, H, W, C), with their mean (C,) and the autocorrelation (C, 5, 5) of x - centre."""
     height, width = x.shape[1:3]
     n = x.numel() // x.shape[3]
-    second = _products(x, centre, correlation) @ _constant('assembly', centre) / n
+    assembly, overlap_mean, overlap_pair = _keep_like(centre, _TABLES)
+    inside = _keep_like(centre, _inside_moments(height, width), height, width)
+    inside_mean, inside_covariance = inside
+    second = _products(x, centre, correlation) @ assembly / n
 
     # First moments of x - centre where a shifted map overlaps the map, see _overlap.
     sums = _overlap_sums(x, centre) / n
-    overlap_mean, overlap_pair = (
-        _constant(name, centre) for name in ('overlap_mean', 'overlap_pair')
-    )
     mean = sums[:, overlap_mean]
-    inside_mean, inside_covariance = _inside_moments_like(height, width, centre)
     cross = centre.view(-1, 1, 1) * (
         sums[:, overlap_pair].view(-1, 9, 9) - mean.unsqueeze(2) * inside_mean
     )
@@ -171,7 +170,8 @@ def _moments_gradient(
     # covariance = S - m m^T
     both = grad_covariance + grad_covariance.transpose(1, 2)
     shift = (grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)).view(-1, 3, 3) / n
-    grad = grad_covariance.flatten(1) @ _constant('assembly', mean).t() / n
+    assembly, *_ = _keep_like(mean, _TABLES)
+    grad = grad_covariance.flatten(1) @ assembly.t() / n
     lags, border, corners = grad.split([25, 20, 4], dim=1)
     border, corners = border.view(-1, 2, 2, 5), 2 * corners.view(-1, 2, 2)
 
@@ -218,37 +218,30 @@ def _overlap_index(k: Tuple[int, int], j: Tuple[int, int]) -> int:
     return LAGS.index((_overlap(k[0], j[0]), _overlap(k[1], j[1])))
 
 
-_CONSTANTS = dict(
-    assembly=_assembly(),
-    overlap_mean=torch.tensor([_overlap_index(k, (0, 0)) for k in OFFSETS]),
-    overlap_pair=torch.tensor([_overlap_index(k, j) for k, j in product(OFFSETS, OFFSETS)]),
+_TABLES = (
+    _assembly(),
+    torch.tensor([_overlap_index(k, (0, 0)) for k in OFFSETS]),
+    torch.tensor([_overlap_index(k, j) for k, j in product(OFFSETS, OFFSETS)]),
 )
 _ON_DEVICES: Dict[Any, Any] = {}
 
 
-def _constant(name: str, like: Tensor) -> Tensor:
-    """A table on the device of ``like``; of real numbers, in its type."""
-    table = _CONSTANTS[name]
-    dtype = like.dtype if table.is_floating_point() else table.dtype
-    return _keep((name, dtype), like, lambda: table.to(like.device, dtype))
+def _keep_like(like: Tensor, tables: Sequence[Tensor], *sizes: int) -> Sequence[Tensor]:
+    """Tables for maps of the sizes on the device of ``like``; those of real numbers in its type.
 
+    They stay on a GPU: a copy would be one in each step.
+    """
 
-def _inside_moments_like(height: int, width: int, like: Tensor) -> Tuple[Tensor, Tensor]:
-    def make() -> Tuple[Tensor, Tensor]:
-        mean, covariance = _inside_moments(height, width)
-        return mean.to(like), covariance.to(like)
+    def move() -> Sequence[Tensor]:
+        dtypes = [like.dtype if t.is_floating_point() else t.dtype for t in tables]
+        return [table.to(like.device, dtype) for table, dtype in zip(tables, dtypes)]
 
-    return _keep((height, width, like.dtype), like, make)
-
-
-def _keep(key: Tuple, like: Tensor, make: Callable) -> Any:
-    """What was made for the device of ``like`` before: a copy to a GPU would be one in each step."""
     if like.device.type == 'cpu' or torch.compiler.is_compiling():
-        return make()
+        return move()
     # Tensors without data belong to their mode.
     mode = getattr(like, 'fake_mode', None)
     kept = _ON_DEVICES if mode is None else mode.__dict__.setdefault('mmlinglo_constants', {})
-    key = (*key, like.device)
+    key = sizes, like.dtype, like.device
     if key not in kept:
-        kept[key] = make()
+        kept[key] = move()
     return kept[key]

@@ -1,10 +1,11 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
-from typing import Optional, Tuple, Union
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import fuse_conv_bn_weights
 
 from .. import network
 from ..arguments import check_integer
@@ -73,33 +74,32 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
         if not self.is_linear:
             return None
-        # Dynamo cannot trace the moments once sizes are symbolic, and of a single value, batch
-        # norm refuses to take statistics, with an error of its own.
         if self.uses_batch_statistics:
+            # Dynamo cannot trace the moments once sizes are symbolic, and of a single value, batch
+            # norm refuses to take statistics, with an error of its own.
             if torch.compiler.is_compiling() or x.numel() == x.shape[1]:
                 return None
-        if gpu.is_usable(x) and self.uses_batch_statistics and self._is_for_kernels:
-            return self._encode_on_gpu(x)
+            if gpu.is_usable(x) and all(p.dtype == torch.float32 for p in self.parameters()):
+                return self._encode_on_gpu(x)
         kernel, bias = self.kernel_and_bias(x)
         return F.conv2d(x, kernel, bias, padding=1, groups=kernel.shape[0])
 
     @property
     def is_linear(self) -> bool:
         """Whether :meth:`kernel_and_bias` can be had: all branches are what they were built as,
-        with batch norms that all take the same statistics.
+        with batch norms of equal settings.
         """
         if self.deploy:
             return _is_depthwise(self.reparam)
-        return all(
-            isinstance(branch, nn.Sequential)
-            and len(branch) == 2
-            and _is_depthwise(branch[0])
-            and branch[0].bias is None
-            and isinstance(branch[1], _BatchNorm)
-            and branch[1].affine
-            and (branch[1].num_batches_tracked is not None) == branch[1].track_running_stats
-            and _uses_batch(branch[1]) == self.uses_batch_statistics
-            for branch in self.branches
+        if not all(isinstance(each, nn.Sequential) and len(each) == 2 for each in self.branches):
+            return False
+        convs, norms = zip(*self.branches)
+        return all(_is_depthwise(conv) and conv.bias is None for conv in convs) and all(
+            isinstance(norm, _BatchNorm)
+            and norm.affine
+            and (norm.num_batches_tracked is not None) == norm.track_running_stats
+            and _get_settings(norm) == _get_settings(norms[0])
+            for norm in norms
         )
 
     @property
@@ -107,34 +107,13 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         """Whether :meth:`kernel_and_bias` depends on the values of ``x``."""
         return not self.deploy and _uses_batch(self.branches[0][1])
 
-    @property
-    def _is_for_kernels(self) -> bool:
-        """Whether the kernels of :mod:`.gpu` can do the algebra of the branches, too."""
-        norms = [branch[1] for branch in self.branches]
-        first = norms[0]
-        return all(
-            type(norm) is type(first)
-            and getattr(norm, 'process_group', None) is getattr(first, 'process_group', None)
-            and norm.eps == first.eps
-            and norm.momentum is not None
-            and norm.momentum == first.momentum
-            and norm.training == first.training
-            and norm.track_running_stats == first.track_running_stats
-            for norm in norms
-        ) and all(parameter.dtype == torch.float32 for parameter in self.parameters())
-
     def _encode_on_gpu(self, x: Tensor) -> Tensor:
         convs, norms = zip(*self.branches)
-        first = norms[0]
         parameters = [conv.weight for conv in convs]
         parameters += [norm.weight for norm in norms] + [norm.bias for norm in norms]
-        group = [first.process_group] if isinstance(first, nn.SyncBatchNorm) else []
-        out, statistics = gpu.encode(x, self.skip, first.eps, parameters, group)
-        if first.training and first.track_running_stats:
-            running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-            with torch.no_grad():
-                torch._foreach_lerp_(running, statistics.flatten(0, 1).unbind(), first.momentum)
-                torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        group = [norms[0].process_group] if isinstance(norms[0], nn.SyncBatchNorm) else []
+        out, statistics = gpu.encode(x, self.skip, norms[0].eps, parameters, group)
+        update_running_statistics(norms, *statistics)
         return out
 
     def kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
@@ -157,18 +136,10 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
             else:
                 mean = torch.stack([norm.running_mean for norm in norms])
                 var = torch.stack([norm.running_var for norm in norms])
-            if len({norm.eps for norm in norms}) == 1:
-                scale = (var + norms[0].eps).rsqrt()
-            else:
-                scale = torch.stack([v + norm.eps for v, norm in zip(var, norms)]).rsqrt()
-            if norms[0].affine:
-                scale = scale * torch.stack([norm.weight for norm in norms])
+            scale = (var + norms[0].eps).rsqrt() * torch.stack([norm.weight for norm in norms])
             kernel = (scale.unsqueeze(-1) * kernels).sum(0)
-            bias = -(scale * mean).sum(0)
-            if norms[0].affine:
-                # Not by stack and sum: the four gradients would be one piece of memory.
-                for norm in norms:
-                    bias = bias + norm.bias
+            # Not by stack and sum: the gradients of the biases would be one piece of memory.
+            bias = sum((norm.bias for norm in norms), start=-(scale * mean).sum(0))
             if self.skip:
                 kernel = kernel + F.pad(kernel.new_ones(1), (4, 4))
             return kernel.view(-1, 1, 3, 3).to(x.dtype), bias.to(x.dtype)
@@ -176,19 +147,15 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
     def _batch_statistics(self, x: Tensor, kernels: Tensor) -> Tuple[Tensor, Tensor]:
         """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
         _, norms = zip(*self.branches)
-        patch_mean, patch_covariance = patch_moments(x)
-        num_values = x.numel() // x.shape[1]
-        count: Union[int, Tensor] = num_values
+        moments: Tuple[Tensor, Tensor, Any] = (*patch_moments(x), x.numel() // x.shape[1])
         if isinstance(norms[0], nn.SyncBatchNorm):
-            patch_mean, patch_covariance, count = synchronize_moments(
-                patch_mean, patch_covariance, num_values, norms[0].process_group
-            )
+            moments = synchronize_moments(*moments, norms[0].process_group)
+        patch_mean, patch_covariance, count = moments
         kernels = kernels.to(patch_mean)
         mean = (kernels * patch_mean).sum(-1)
         var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
         var = var.clamp(min=0)
-        for norm, batch_mean, batch_var in zip(norms, mean.detach(), var.detach()):
-            _update_running_statistics(norm, batch_mean, batch_var, count)
+        update_running_statistics(norms, mean.detach(), var.detach() * (count / (count - 1)))
         return mean, var
 
     def switch_to_deploy(self) -> None:
@@ -247,43 +214,46 @@ def _uses_batch(norm: nn.Module) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _update_running_statistics(
-    norm: _BatchNorm, mean: Tensor, var: Tensor, count: Union[int, Tensor]
-) -> None:
-    """As batch norm does, with the unbiased variance and its kinds of averages."""
-    if not norm.training or not norm.track_running_stats:
+def _get_settings(norm: _BatchNorm) -> tuple:
+    """What the batch norms of all branches must have in common."""
+    group = getattr(norm, 'process_group', None)
+    mode = norm.training, norm.track_running_stats, _uses_batch(norm)
+    return type(norm), group, norm.eps, norm.momentum, *mode
+
+
+@torch.no_grad()
+def update_running_statistics(norms: tuple, mean: Tensor, var: Tensor) -> None:
+    """As batch norms do, with means and unbiased variances (branches, C) of the batch."""
+    if not norms[0].training or not norms[0].track_running_stats:
         return
-    norm.num_batches_tracked.add_(1)
-    momentum: Union[float, Tensor, None] = norm.momentum
-    if momentum is None:  # cumulative average
-        momentum = 1 / norm.num_batches_tracked.to(norm.running_mean)
-    unbiased = var * (count / (count - 1))
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.add_((batch.to(running) - running) * momentum)
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    batch = [*mean.to(running[0]), *var.to(running[0])]
+    counts = [norm.num_batches_tracked for norm in norms]
+    torch._foreach_add_(counts, 1)
+    if norms[0].momentum is None:  # cumulative average
+        torch._foreach_lerp_(running, batch, [1 / n.to(running[0]) for n in counts] * 2)
+    else:
+        torch._foreach_lerp_(running, batch, norms[0].momentum)
 
 
 def _fuse_conv_norm(conv: nn.Module, norm: Optional[nn.Module] = None) -> Tuple[Tensor, Tensor]:
     """Kernel and bias, in float64, of a convolution followed by its batch norm."""
     if not isinstance(conv, nn.Conv2d) or not _is_depthwise(conv):
         raise TypeError(f'only depth-wise 3x3 convolutions can be fused, got {conv}')
-    for layer in filter(None, (conv, norm)):
+    if norm is None:  # as one that changes nothing
+        norm = nn.BatchNorm2d(len(conv.weight), eps=0, affine=False, device=conv.weight.device)
+    for layer in (conv, norm):
         if layer._forward_hooks or layer._forward_pre_hooks or 'forward' in layer.__dict__:
             raise TypeError(
                 f'a hook or another forward is attached to {layer}, and the fused convolution would '
                 'be without it: remove it first (of pruning, with torch.nn.utils.prune.remove)'
             )
-    kernel = conv.weight.double()
-    bias = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.double()
-    if norm is None:
-        return kernel, bias
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         raise TypeError(
             f'only batch norms with running statistics can be fused into a convolution, '
             f'got {norm}: keep the training form, or train with norm_cfg=dict(type="BN")'
         )
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = -norm.running_mean.double() * scale
-    if norm.affine:
-        scale = scale * norm.weight.double()
-        shift = shift * norm.weight.double() + norm.bias.double()
-    return kernel * scale.view(-1, 1, 1, 1), bias * scale + shift
+    tensors = conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
+    exact: Any = [None if tensor is None else tensor.double() for tensor in tensors]
+    kernel, bias, mean, var, scale, shift = exact
+    return fuse_conv_bn_weights(kernel, bias, mean, var, norm.eps, scale, shift)
