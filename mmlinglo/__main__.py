@@ -6,7 +6,7 @@ For several GPUs: ``torchrun --nproc_per_node 8 -m mmlinglo train CONFIG --launc
 
 import argparse
 import difflib
-import importlib.util
+import runpy
 import sys
 from typing import List, Optional
 
@@ -57,7 +57,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         list_recipes(rest)
     elif command in TOOLS:
         mmlinglo.require_openmmlab()
-        run_tool(command, rest)
+        from mmlinglo.hub import find_root
+        from mmlinglo.utils.cli import run
+
+        sys.argv = [f'mmlinglo {command}', *rest]
+        tool = runpy.run_path(str(find_root() / 'tools' / TOOLS[command][0]))
+        run(tool['main'])
     else:
         similar = difflib.get_close_matches(command, [*TOOLS, *OTHERS], 1)
         hint = f', did you mean {similar[0]!r}?' if similar else ''
@@ -70,30 +75,8 @@ def usage() -> str:
     """What ``mmlinglo --help`` prints."""
     commands = {**{name: text for name, (_, text) in TOOLS.items()}, **OTHERS}
     lines = [f'  {name:<12}{text}' for name, text in commands.items()]
-    return '\n'.join(
-        [
-            'usage: mmlinglo COMMAND ...',
-            '',
-            *lines,
-            '',
-            'mmlinglo COMMAND --help shows its options.',
-        ]
-    )
-
-
-def run_tool(command: str, argv: List[str]) -> None:
-    """Run the ``main`` of a script of ``tools/``, under the name of the command."""
-    from mmlinglo.hub import find_root
-    from mmlinglo.utils.cli import run
-
-    script = find_root() / 'tools' / TOOLS[command][0]
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    assert spec is not None
-    assert spec.loader is not None  # the file exists
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    sys.argv = [f'mmlinglo {command}', *argv]
-    run(tool.main)
+    end = 'mmlinglo COMMAND --help shows its options.'
+    return '\n'.join(['usage: mmlinglo COMMAND ...', '', *lines, '', end])
 
 
 def list_recipes(argv: List[str]) -> None:

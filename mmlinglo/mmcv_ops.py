@@ -30,6 +30,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 
 def find_ext() -> Optional[ModuleSpec]:
@@ -108,8 +109,7 @@ def get_compiler_version() -> str:
     return 'not compiled, operators by torchvision'
 
 
-def get_compiling_cuda_version() -> str:
-    return 'not compiled, operators by torchvision'
+get_compiling_cuda_version = get_compiler_version
 
 
 # Names, arguments and in-place results from here on are those with which mmcv/ops/*.py call mmcv._ext.
@@ -117,11 +117,7 @@ def get_compiling_cuda_version() -> str:
 # to run again.
 
 
-def _torchvision() -> Any:
-    import torchvision  # defines the operators
-
-    assert torchvision
-    return torch.ops.torchvision
+OPS = torch.ops.torchvision
 
 
 def _widen(*tensors: Tensor) -> List[Tensor]:
@@ -142,7 +138,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
     # Sorted as mmcv sorts them, equal scores come in its order; torchvision's own sorting is stable.
     scores, order = scores.sort(0, descending=True)
-    return order[_torchvision().nms(boxes[order], scores.to(boxes), threshold)]
+    return order[OPS.nms(boxes[order], scores.to(boxes), threshold)]
 
 
 def softnms(
@@ -200,7 +196,7 @@ def roi_align_forward(
         __getattr__("roi_align with pool_mode='max'")()
     input, rois = _widen(input, rois)
     values = _pick(options, 'spatial_scale aligned_height aligned_width sampling_ratio aligned')
-    output.copy_(_torchvision().roi_align(input, rois.to(input), *values))
+    output.copy_(OPS.roi_align(input, rois.to(input), *values))
 
 
 def roi_align_backward(*tensors: Tensor, **options: float) -> None:
@@ -209,7 +205,7 @@ def roi_align_backward(*tensors: Tensor, **options: float) -> None:
     size = _pick(options, 'spatial_scale aligned_height aligned_width')
     sampling = _pick(options, 'sampling_ratio aligned')
     grad_input.copy_(
-        _torchvision()._roi_align_backward(grad, rois.to(grad), *size, *grad_input.shape, *sampling)
+        OPS._roi_align_backward(grad, rois.to(grad), *size, *grad_input.shape, *sampling)
     )
 
 
@@ -246,7 +242,7 @@ def roi_pool_forward(
 ) -> None:
     parts = _divide(rois, input.shape[2:], *_pick(options, POOLED))
     input = _widen(input)[0]
-    results = _torchvision().roi_pool(input, parts.to(input), 1, 1, 1)
+    results = OPS.roi_pool(input, parts.to(input), 1, 1, 1)
     for target, result in zip((output, argmax), results):
         regions, channels, height, width = target.shape
         target.copy_(result.reshape(regions, height, width, channels).permute(0, 3, 1, 2))
@@ -261,7 +257,7 @@ def roi_pool_backward(
         for t in (_widen(grad_output)[0], argmax)
     )
     sizes = (1, 1, 1, *grad_input.shape)
-    grad_input.copy_(_torchvision()._roi_pool_backward(grad, parts.to(grad), where, *sizes))
+    grad_input.copy_(OPS._roi_pool_backward(grad, parts.to(grad), where, *sizes))
 
 
 def _deform_conv(
@@ -287,8 +283,8 @@ def _deform_conv(
     ]
     arguments = (*_widen(*tensors), *geometry, mask is not None)
     if grad_output is None:
-        return _torchvision().deform_conv2d(*arguments)
-    return _torchvision()._deform_conv2d_backward(*_widen(grad_output), *arguments)
+        return OPS.deform_conv2d(*arguments)
+    return OPS._deform_conv2d_backward(*_widen(grad_output), *arguments)
 
 
 DEFORM = 'dH dW padH padW dilationH dilationW group deformable_group'
@@ -336,8 +332,6 @@ def modulated_deform_conv_backward(*tensors: Tensor, with_bias: bool, **geometry
 def _sigmoid_focal_loss(
     input: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float
 ) -> Tensor:
-    from torchvision.ops import sigmoid_focal_loss
-
     classes = torch.arange(input.size(1), device=input.device)
     loss = sigmoid_focal_loss(input, (target[:, None] == classes).to(input), alpha, gamma)
     if weight.numel():

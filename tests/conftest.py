@@ -3,8 +3,6 @@ import importlib
 import os
 import subprocess
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 
 import cv2
@@ -93,35 +91,6 @@ def import_tool(path: str):
     if folder not in sys.path:  # some tools import their neighbours
         sys.path.append(folder)
     return importlib.import_module(Path(path).stem)
-
-
-def run_forked(path: str, *args) -> None:
-    """A tool's ``main(argv)`` in a fork of this process: nothing is imported again or left behind."""
-    main = import_tool(path).main
-    with tempfile.TemporaryFile('w+') as output:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                for descriptor in (1, 2):
-                    os.dup2(output.fileno(), descriptor)
-                sys.stdout = sys.stderr = output
-                cv2.setNumThreads(0)  # its threads are in the other process
-                sys.argv = [path, *map(str, args)]
-                status = main(sys.argv[1:])
-                if (measured := sys.modules.get('coverage')) and (
-                    measured := measured.Coverage.current()
-                ):
-                    measured.stop()
-                    measured.save()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                output.flush()
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
-        output.seek(0)
-        assert status == 0, output.read()[-4000:]
 
 
 @pytest.fixture(scope='session')

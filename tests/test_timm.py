@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, randomize_norms_
+from conftest import ROOT, needs_exporter, randomize_norms_
 
 from mmlinglo import LinGlo, get_config
 from mmlinglo.models.arch import ARCHS
@@ -213,6 +213,7 @@ def test_layer_wise_learning_rates():
     assert len(set(found)) == len(found)
 
 
+@needs_exporter
 def test_compiles_to_a_graph():
     model, x = create(num_classes=4), images()
     program = torch.export.export(model, (x,))

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, TextIO, Tuple
 
-import cv2
-import numpy as np
 import torch
 
 from mmlinglo.analysis.report import format_table, provenance
@@ -63,107 +63,72 @@ def plan(out: Path, rehearse: bool) -> List[Step]:
         out: Folder of the results.
         rehearse: Whether to take toy sizes, on a CPU.
     """
-    toy = ('--rehearse', '--rounds', '2') if rehearse else ()
     check = f'{TOOLS}/check_gpu.py'
-
-    def checking(what: str) -> List[Command]:
-        return [(check, what, '--out', str(out / what), *toy)]
-
+    toy = ('--rehearse', '--rounds', '2') if rehearse else ()
+    checks, forms, recipes = (
+        [(check, what, '--out', str(out / what), *toy)] for what in ('checks', 'forms', 'recipes')
+    )
     size = ('--sizes', '64', '--rounds', '2') if rehearse else ('--batch-size', '16')
     attention = (f'{TOOLS}/benchmark_attention.py', '--out', str(out / 'attention'), *size)
-    trained = ('mmdet', 'mmcv._ext')
+    backbones, trained = list(_backbones(out, rehearse)), ('mmdet', 'mmcv._ext')
+    trainings = _rehearse_trainings if rehearse else _list_trainings
+    quickstart, campaign = trainings(out)
+    data = None if rehearse else Path('data/cifar10')
+    title = 'Training steps of RetinaNet and SemanticFPN'
     return [
         Step('environment', 'Environment', 2, [('-m', 'mmlinglo.check_env')]),
-        Step('checks', 'Correctness on this device', 5, checking('checks')),
-        Step('forms', "A training step in each of LinGlo's forms", 5, checking('forms'), ('timm',)),
-        Step('backbones', 'Comparison of backbones', 6, list(_backbones(out, rehearse)), ('timm',)),
+        Step('checks', 'Correctness on this device', 5, checks),
+        Step('forms', "A training step in each of LinGlo's forms", 5, forms, ('timm',)),
+        Step('backbones', 'Comparison of backbones', 6, backbones, ('timm',)),
         Step('attention', "Attention, the paper's Fig. 4", 3, [attention]),
-        Step(
-            'recipes',
-            'Training steps of RetinaNet and SemanticFPN',
-            3,
-            checking('recipes'),
-            (*trained, 'mmseg'),
-        ),
-        Step('quickstart', 'Quickstart', 5, list(_quickstart(out, rehearse)), trained),
-        _campaign(out, rehearse),
+        Step('recipes', title, 3, recipes, (*trained, 'mmseg')),
+        Step('quickstart', 'Quickstart', 5, quickstart, trained),
+        Step('campaign', 'Ablations on CIFAR-10', 600, campaign, ('mmpretrain',), data),
     ]
 
 
 def _backbones(out: Path, rehearse: bool) -> Iterator[Command]:
-    tool = f'{TOOLS}/benchmark_backbones.py'
-    if rehearse:
-        toy = ('--models', 'linglo_b0', 'pvt_v2_b0', '--rounds', '2', '--no-memory', '--shape')
-        for mode in ('train', 'inference'):
-            name = str(out / f'backbones_{mode}')
-            yield (tool, '--mode', mode, *toy, '64', '64', '--out', name)
-        return
-    for (shape, batch_size), mode in [(s, m) for s in SETTINGS for m in ('train', 'inference')]:
-        for dtype in ('autocast', 'float32'):
-            name = 'backbones_{}_{}x{}_batch{}_{}'.format(mode, *shape, batch_size, dtype)
-            numbers = ('--shape', *map(str, shape), '--batch-size', str(batch_size))
-            forms = ('--forms', 'trained' if mode == 'train' else 'fused')
-            how = ('--mode', mode, '--dtype', dtype, '--compile', '--no-memory', *forms)
-            yield (tool, '--models', *PEERS, *numbers, *how, '--out', str(out / name))
+    settings = [((64, 64), 2)] if rehearse else SETTINGS
+    models, options = (PEERS[:1], ['--rounds', '2']) if rehearse else (PEERS, ['--compile'])
+    forms = dict(train='trained', inference='fused')
+    for (shape, number), mode, dtype in product(settings, forms, ('autocast', 'float32')):
+        name = 'backbones_{}_{}x{}_batch{}_{}'.format(mode, *shape, number, dtype)
+        numbers = ('--shape', *map(str, shape), '--batch-size', str(number), '--no-memory')
+        how = ('--mode', mode, '--dtype', dtype, '--forms', forms[mode], *options)
+        tool = f'{TOOLS}/benchmark_backbones.py'
+        yield (tool, '--models', *models, *numbers, *how, '--out', str(out / name))
 
 
-def _quickstart(out: Path, rehearse: bool) -> Iterator[Command]:
-    if not rehearse:
-        yield ('tools/quickstart.sh', 'detection')
-        return
-    data, work_dir = out / 'toy' / 'shapes', str(out / 'toy' / 'quickstart')
-    number = ('--num-train', '4', '--num-val', '2', '--num-demo', '1', '--size', '64')
-    yield ('tools/misc/make_shapes.py', str(data), *number)
-    options = [
-        'train_cfg.max_epochs=1',
-        'train_cfg.val_interval=1',
-        'train_dataloader.batch_size=2',
-    ]
-    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        options += [f'{loader}.dataset.data_root={data}/coco/', f'{loader}.num_workers=0']
-        options += [f'{loader}.persistent_workers=False']
-    for evaluator in ('val_evaluator', 'test_evaluator'):
-        options.append(f'{evaluator}.ann_file={data}/coco/annotations/val.json')
-    config = 'configs/quickstart/retinanet_linglo-b0_fpn_2xb4-3e_shapes.py'
-    yield ('tools/train.py', config, '--work-dir', work_dir, '--cfg-options', *options)
-
-
-def _campaign(out: Path, rehearse: bool) -> Step:
-    """The rows of the ablation that tell most come first, and a seed after another."""
-    tool, data = f'{TOOLS}/run_ablations.py', Path('data/cifar10')
-    name, title = 'campaign', 'Ablations on CIFAR-10'
-    where = ('--out', str(out / name), '--work-dir')
-    if rehearse:
-        data = out / 'toy' / 'cifar10'
-        _draw_noise(data)
-        options = ['train_dataloader.batch_size=4', 'train_dataloader.dataset.pipeline.3.scale=32']
-        options += ['val_dataloader.dataset.pipeline.1.scale=32']
-        for loader in ('train_dataloader', 'val_dataloader'):
-            options += [f'{loader}.num_workers=0', f'{loader}.persistent_workers=False']
-        toy = ('--rows', 'linglo-b0', '--epochs', '2', '--data-format', 'folder', '--seeds', '0')
-        given = ('--data-root', str(data), '--cfg-options', *options)
-        command = (tool, *where, str(out / 'toy' / name), *toy, *given)
-        return Step(name, title, 10, [command], ('mmpretrain',))
+def _list_trainings(out: Path) -> Iterator[List[Command]]:
+    """The quickstart, and the ablations: rows that tell most come first, and a seed after another."""
+    yield [('tools/quickstart.sh', 'detection')]
     first = ('linglo-b0', 'linglo-b0-cpe', 'linglo-b0-dot-product', 'pvtv2-b0', 'resnet18')
     others = ('linglo-b0-p-cpe', 'linglo-b0-r-cpe', 'linglo-b0-wo-c', 'linglo-b0-wo-ch')
+    where = ('--out', str(out / 'campaign'), '--work-dir', 'work_dirs/ablations_cifar10')
     # What is finished is not trained again, and the last table holds all.
-    parts = [(first, ['0']), (first, ['0', '1']), ((*first, *others), ['0', '1'])]
-    commands = [
-        (tool, *where, 'work_dirs/ablations_cifar10', '--rows', *rows, '--seeds', *seeds)
-        for rows, seeds in parts
+    yield [
+        (f'{TOOLS}/run_ablations.py', *where, '--rows', *rows, '--seeds', *seeds)
+        for rows, seeds in ((first, '0'), (first, '01'), ((*first, *others), '01'))
     ]
-    return Step(name, title, 600, commands, ('mmpretrain',), data)
 
 
-def _draw_noise(folder: Path) -> None:
-    """Two training images and a test image of each class, in folders like those of CIFAR-10."""
-    rng = np.random.default_rng(0)
-    for split, number in (('train', 2), ('test', 1)):
-        for path in [folder / split / f'class{label}' for label in range(10)]:
-            path.mkdir(parents=True, exist_ok=True)
-            for i in range(number):
-                image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                cv2.imwrite(str(path / f'{i}.png'), image)
+def _rehearse_trainings(out: Path) -> Iterator[List[Command]]:
+    """The quickstart and the campaign, each on a few synthetic shapes."""
+    shapes = out / 'toy' / 'shapes'
+    number = ('--num-train', '8', '--num-val', '2', '--num-demo', '1', '--size', '64')
+    data = ('tools/misc/make_shapes.py', str(shapes), *number)
+    config = 'configs/quickstart/retinanet_linglo-b0_fpn_2xb4-3e_shapes.py'
+    options = [f'{name}_dataloader.dataset.data_root={shapes}/coco/' for name in ('train', 'val')]
+    options += [f'val_evaluator.ann_file={shapes}/coco/annotations/val.json']
+    options += ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
+    how = ('--work-dir', str(out / 'toy' / 'quickstart'), '--cfg-options', *options)
+    yield [data, ('tools/train.py', config, *how)]
+    options = [f'{name}_dataloader.dataset.data_prefix=val' for name in ('val', 'test')]
+    options += ['train_dataloader.batch_size=4']
+    where = ('--out', str(out / 'campaign'), '--work-dir', str(out / 'toy' / 'campaign'))
+    images = ('--data-format', 'folder', '--data-root', str(shapes / 'imagenet'))
+    toy = ('--rows', 'linglo-b0', '--epochs', '2', '--seeds', '0', '--cfg-options', *options)
+    yield [data, (f'{TOOLS}/run_ablations.py', *where, *images, *toy)]
 
 
 def run_steps(
@@ -181,32 +146,32 @@ def run_steps(
     Yields:
         Each step that was not done before, with its status, seconds, reason and finished commands.
     """
-    start, path = time.monotonic(), out / 'steps.json'
+    end, path = time.monotonic() + 60 * minutes, out / 'steps.json'
     done: Dict[str, dict] = json.loads(path.read_text()) if resume and path.is_file() else {}
     source = provenance('cuda' if torch.cuda.is_available() else 'cpu', minutes=minutes)
     for step in steps:
         before = done.get(step.name, {})
         if before.get('status') == 'done':
             continue
-        left = 60 * minutes - (time.monotonic() - start)
-        limit = min(60 * step.minutes, left)
-        reason = _missing(step)
-        if reason or left < 1:
-            reason = reason or 'the time was over'
-            done[step.name] = dict(before, status='skipped', seconds=0, reason=reason)
-        else:
-            done[step.name] = _run_step(root, out, step, limit, before.get('finished', []))
+        start, finished = time.monotonic(), before.get('finished', [])
+        seconds = min(60 * step.minutes, end - start)
+        status, reason = 'skipped', _missing(step) or 'the time was over' * (seconds < 1)
+        if not reason:
+            status, reason = _run_step(root, out, step, start + seconds, finished)
+        seconds = round(time.monotonic() - start)
+        row = dict(status=status, seconds=seconds, reason=reason, finished=finished)
+        done[step.name] = row
         path.write_text(json.dumps(done, indent=2) + '\n')
         page = summarize(out, steps, done, source)
         for folder, name in ((str(root), '.'), (sys.prefix, 'PYTHON')):  # of this machine
             page = page.replace(folder, name)
         (out / 'summary.md').write_text(page)
-        yield step, done[step.name]
+        yield step, row
 
 
 def _missing(step: Step) -> str:
     """Why a step cannot be run here, or an empty text."""
-    packages = [name for name in step.needs if not _is_there(name)]
+    packages = [name for name in step.needs if importlib.util.find_spec(name) is None]
     if packages:
         return f'needs {", ".join(packages)}'
     if 'mmcv._ext' in step.needs and torch.cuda.is_available():
@@ -219,33 +184,29 @@ def _missing(step: Step) -> str:
     return ''
 
 
-def _is_there(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+def _run_step(
+    root: Path, out: Path, step: Step, end: float, finished: List[str]
+) -> Tuple[str, str]:
+    """Run a step's commands, each into the step's log, until the time is over; add to ``finished``.
 
-
-def _run_step(root: Path, out: Path, step: Step, limit: float, finished: List[str]) -> dict:
-    """Run a step's commands, each into the step's log, until one fails or the time is over."""
-    start, status, reason = time.monotonic(), 'done', ''
+    Returns:
+        Status and reason.
+    """
+    status, reason = 'done', ''
     with open(out / f'{step.name}.log', 'a' if finished else 'w') as log:
         for command in step.commands:
             text = ' '.join(command)
             if text in finished:
                 continue
             print(f'$ {text}', file=log, flush=True)
-            left = limit - (time.monotonic() - start)
-            code = _call(root, command, log, left)
+            code = _call(root, command, log, end - time.monotonic())
             if code is None:
-                status, reason = 'stopped', f'{limit:.0f} s were over'
-                break
+                return 'stopped', 'the time was over'
             if code:
                 status, reason = 'failed', f'status {code}, see {step.name}.log'
             else:
-                finished = [*finished, text]
-    seconds = round(time.monotonic() - start)
-    return dict(status=status, seconds=seconds, reason=reason, finished=finished)
+                finished.append(text)
+    return status, reason
 
 
 def _call(root: Path, command: Command, log: TextIO, limit: float) -> Optional[int]:
@@ -265,13 +226,11 @@ def _call(root: Path, command: Command, log: TextIO, limit: float) -> Optional[i
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
 
 
 def summarize(out: Path, steps: Sequence[Step], done: Dict[str, dict], source: dict) -> str:

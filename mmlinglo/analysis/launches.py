@@ -10,17 +10,17 @@ operations in them, also in custom functions and checkpointed blocks.
 import copy
 import math
 import re
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from graphlib import TopologicalSorter
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.torch_version import TorchVersion
@@ -45,23 +45,8 @@ FORMS = {
     'rewritten': 'with all rewritings, fast=True',
 }
 """How LinGlo's layers are computed, and what that means."""
-COLUMNS = dict(
-    model='Backbone',
-    form='Form',
-    mode='Mode',
-    amp='AMP',
-    images='Images',
-    forward_launches='Launches, forward',
-    backward_launches='Launches, backward',
-    host_copies='Host copies',
-    syncs='Syncs',
-    moved_gb='Moved [GB]',
-    saved_mib='Saved [MiB]',
-    lower_bound_ms='Lower bound [ms]',
-)
-"""Columns of a printed table, and their headings."""
-COMPILED = dict(fused_kernels='Compiled: fused kernels', library_calls='Compiled: library calls')
-"""More columns, of :func:`count_compiled_kernels`."""
+COMPILED = ('fused_kernels', 'library_calls')
+"""Columns of :func:`count_compiled_kernels`."""
 # Operators without a kernel, besides views; by name, without leading underscores.
 WITHOUT_KERNEL = frozenset(
     'device detach alias lift_fresh unsafe_view empty empty_like empty_strided new_empty '
@@ -79,14 +64,13 @@ class Counts:
     """What was counted in a forward or a backward pass.
 
     Attributes:
-        launches: Operations on the GPU that are no views. One may be several kernels.
         host_copies: Copies between the memory of the CPU and of the GPU.
         syncs: Operations whose result the CPU waits for, copies to the CPU among them.
         bytes_moved: Sizes in bytes of the inputs and outputs of all launches.
-        operators: Launches of each operator.
+        operators: Launches of each operator: operations on the GPU that are no views. One may be
+            several kernels.
     """
 
-    launches: int = 0
     host_copies: int = 0
     syncs: int = 0
     bytes_moved: int = 0
@@ -94,6 +78,10 @@ class Counts:
 
     def __add__(self, other: 'Counts') -> 'Counts':
         return Counts(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
+    @property
+    def launches(self) -> int:
+        return sum(self.operators.values())
 
     @property
     def lower_bound_ms(self) -> float:
@@ -168,11 +156,7 @@ def build_form(name: str, shape: Tuple[int, int], mode: str, form: str = 'plain'
 
 
 def count_launches(
-    model: nn.Module,
-    images: Sequence[int],
-    amp: str = 'none',
-    channels_last: bool = False,
-    **kwargs: Any,
+    model: nn.Module, images: Sequence[int], amp: str = 'none', channels_last: bool = False
 ) -> StepCounts:
     """Count one step of a model, in the mode that it is in; a backward belongs to training mode.
 
@@ -184,7 +168,6 @@ def count_launches(
         images: Shape of the images, (B, C, H, W).
         amp: Autocast of the forward, ``'none'``, ``'fp16'`` or ``'bf16'``.
         channels_last: Layout in memory of images and kernels.
-        kwargs: Further arguments of the model.
 
     Raises:
         ValueError: If ``amp`` is unknown, what runs depends on the values of tensors, or PyTorch is older
@@ -213,7 +196,7 @@ def count_launches(
                 saved,
                 forward,
             ):
-                outputs = model(x, **kwargs)
+                outputs = model(x)
             if model.training:
                 outputs = [out for out in _tensors(outputs) if out.requires_grad]
                 gradients = [torch.empty_like(out) for out in outputs]
@@ -244,20 +227,11 @@ def count_compiled_kernels(model: nn.Module, images: Sequence[int]) -> Tuple[int
     return fused, library
 
 
-@contextmanager
-def _autocast(dtype: Optional[torch.dtype]) -> Iterator[None]:
-    """Autocast on CUDA by its switches: torch.autocast itself turns off where there is no GPU."""
-    before = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
-    torch.set_autocast_enabled('cuda', dtype is not None)
-    torch.set_autocast_dtype('cuda', dtype or before[1])
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled('cuda', before[0])
-        torch.set_autocast_dtype('cuda', before[1])
+def _autocast(dtype: Optional[torch.dtype]) -> torch.autocast:
+    """Autocast on CUDA, which torch itself turns off where there is no GPU."""
+    context = torch.autocast('cuda', dtype, enabled=False)
+    context._enabled = dtype is not None
+    return context
 
 
 class _Fused(TorchFunctionMode):
@@ -296,7 +270,6 @@ class _Counter(TorchDispatchMode):
         if 'cuda' not in places | results:
             return out
         counts = self.counts
-        counts.launches += 1
         counts.operators[name] += 1
         counts.bytes_moved += sum(map(_size, inputs)) + sum(map(_size, outputs))
         counts.host_copies += 'cpu' in places | results
@@ -356,57 +329,46 @@ def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Dict
     Returns:
         Gradients of the leaves of the graph.
     """
-    roots: List[Any] = [output.grad_fn for output in outputs]  # nodes: nobody goes back from a leaf
-    waits_for = _count_dependencies(roots)
-    arrived: Dict[Node, Dict[int, Tensor]] = {}
+    nodes = dict.fromkeys(output.grad_fn for output in outputs)  # nobody goes back from a leaf
+    order: TopologicalSorter = TopologicalSorter({node: () for node in nodes})
+    stack: List[Any] = list(nodes)
+    while stack:
+        node = stack.pop()
+        for target, _ in node.next_functions:
+            if target is not None:
+                order.add(target, node)
+                if target not in nodes:
+                    nodes[target] = None
+                    stack.append(target)
+    order.prepare()
+    ready = list(order.get_ready())
+    arrived: Dict[Any, Dict[int, Tensor]] = defaultdict(dict)
     leaves: Dict[Tensor, Tensor] = {}
 
     def arrive(node: Any, index: int, gradient: Optional[Tensor]) -> None:
-        slots = arrived.setdefault(node, {})
-        if gradient is not None:
+        if gradient is not None and node is not None:
             gradient = _fit(gradient, node._input_metadata[index])
+            slots = arrived[node]
             slots[index] = slots[index] + gradient if index in slots else gradient
 
     with torch.no_grad():
-        for root, output, gradient in zip(roots, outputs, gradients):
-            arrive(root, output.output_nr, gradient)
-        ready = [node for node in dict.fromkeys(roots) if not waits_for[node]]
+        for output, gradient in zip(outputs, gradients):
+            arrive(output.grad_fn, output.output_nr, gradient)
         while ready:
-            node = ready.pop()
-            slots = arrived.pop(node)
-            found: Any = None
+            node = ready.pop()  # the last one: the order of sums decides on their layout
+            slots = arrived.pop(node, None)
             if slots and hasattr(node, 'variable'):
                 leaves[node.variable] = _accumulate(node.variable, slots[0])
             elif slots:
-                found = _call(node, [slots.get(i) for i in range(len(node._input_metadata))])
-            found = found if isinstance(found, tuple) else (found,) * len(node.next_functions)
-            for (target, index), gradient in zip(node.next_functions, found):
-                if target is not None:
+                # The node of a custom function is no C++ object that could be called.
+                call = getattr(node, 'apply', node)
+                found = call(*map(slots.get, range(len(node._input_metadata))))
+                found = found if isinstance(found, tuple) else (found,) * len(node.next_functions)
+                for (target, index), gradient in zip(node.next_functions, found):
                     arrive(target, index, gradient)
-                    waits_for[target] -= 1
-                    if not waits_for[target]:
-                        ready.append(target)
+            order.done(node)
+            ready += order.get_ready()
     return leaves
-
-
-def _call(node: Node, gradients: List[Optional[Tensor]]) -> Any:
-    # The node of a custom function is no C++ object that could be called.
-    return node.apply(*gradients) if hasattr(node, 'apply') else node(*gradients)
-
-
-def _count_dependencies(roots: Sequence[Node]) -> Counter:
-    """How many functions give a gradient to each node."""
-    counts: Counter = Counter()
-    seen: Set[Node] = set(roots)
-    stack = list(seen)
-    while stack:
-        for target, _ in stack.pop().next_functions:
-            if target is not None:
-                counts[target] += 1
-                if target not in seen:
-                    seen.add(target)
-                    stack.append(target)
-    return counts
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -309,7 +309,7 @@ class Painter:
 
 def predict(
     cfg: Config, checkpoint: dict, source: str, device: str, num: int, limit: int, score_thr: float
-) -> Dict[str, Any]:
+) -> List[Dict[str, Any]]:
     """Predict for validation images, evenly spaced.
 
     Args:
@@ -322,7 +322,7 @@ def predict(
         score_thr: Score from which boxes are drawn.
 
     Returns:
-        What :func:`render` shows of them: ``model``, and ``sections`` with pictures and a table.
+        Sections of the page, with pictures and with a table.
 
     Raises:
         CheckpointError: If the weights are another model's.
@@ -362,13 +362,10 @@ def predict(
     ]
     about = f'. Predictions of {Path(source).name}'
     boxes = f'; boxes with a score of at least {score_thr:g}' * (cfg.default_scope == 'mmdet')
-    backbone = type(getattr(model, 'backbone', None)).__name__
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    name = f'{type(model).__name__} with {backbone}, {parameters:.1f} M parameters'
     title, wide = 'Ground truth and predictions', ' pairs' * (cfg.default_scope != 'mmpretrain')
     drawings = dict(title=title, about=f'{counts[0]}{about}{boxes}.', pictures=pictures, wide=wide)
     table = _judge_classes(evaluator, painter.names, ids)
-    return dict(model=name, sections=[drawings, dict(table, about=f'{counts[1]}{about}.')])
+    return [drawings, dict(table, about=f'{counts[1]}{about}.')]
 
 
 def _spaced(items: Sequence[int], number: int) -> List[int]:
@@ -407,7 +404,7 @@ def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Dict[st
 
 
 def render(
-    training: Training, commands: List[Tuple[str, str]], versions: Dict[str, str], found: dict
+    training: Training, commands: List[Tuple[str, str]], versions: Dict[str, str], found: List[dict]
 ) -> str:
     """The page; all texts in it are escaped.
 
@@ -417,14 +414,14 @@ def render(
         versions: Software with which the page is made.
         found: From :func:`predict`, or empty.
     """
-    facts = (training.facts.get('model') or found.get('model'), training.facts.get('date'))
+    facts = (training.facts.get('model'), training.facts.get('date'))
     software = [[name, training.facts.get(name, '-'), text] for name, text in versions.items()]
     head = ['Metric', 'Last', 'Best', 'Name in the log']
     metrics = dict(title='Metrics on the validation data', head=head, rows=metric_rows(training))
     head, about = ['Software', 'In training', 'For this page'], 'A dash: the log does not say.'
     made = dict(title='How it was made', about=about, head=head, rows=software, commands=commands)
     curves = dict(title='Curves', pictures=draw_charts(training))
-    sections = [curves, metrics, *found.get('sections', ()), made]
+    sections = [curves, metrics, *found, made]
     texts = dict(title=training.name, facts=filter(None, facts), notes=training.notes)
     return PAGE.render(texts, sections=sections, encode=_encode)
 

@@ -45,9 +45,7 @@ LARGE = (2, 3, 5, 34)  # of strips of three rows
 
 def use_the_interpreter():
     """Let the kernels run on tensors of the CPU."""
-    from triton import knobs
-
-    assert knobs.runtime.interpret
+    assert os.environ['TRITON_INTERPRET'] == '1'  # read when Triton is imported
     gpu.is_usable = lambda x: x.dtype != torch.float64
 
 
@@ -345,7 +343,11 @@ def test_compiled_for_all(name, dtype, arch, channels_last):
 
 
 def test_which_tensors_take_the_kernels(monkeypatch):
+    from conftest import needs_counting
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if needs_counting.args[0]:
+        pytest.skip(needs_counting.kwargs['reason'])
 
     with FakeTensorMode():
         on_gpu = torch.empty(2, 3, 4, 5, device='cuda')

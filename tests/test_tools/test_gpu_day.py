@@ -36,7 +36,7 @@ def test_steps(root):
     calls = root / 'calls'
     steps = [
         Step('bad', 'A failing one', 1, [('fail.py',), ('table.py', str(calls))]),
-        Step('alien', 'Without its package', 1, [('fail.py',)], ('no_such_package.ops',)),
+        Step('alien', 'Without its package', 1, [('fail.py',)], ('no_such_package',)),
         Step('empty', 'Without its data', 1, [('fail.py',)], data=root / 'nowhere'),
         Step('slow', 'A hanging one', 0.05, [('table.py', str(calls)), ('hang.sh',)]),
         Step('good', 'A good one', 1, [('table.py', str(calls))]),
@@ -45,7 +45,7 @@ def test_steps(root):
     assert {name: outcome['status'] for name, outcome in found.items()} == dict(
         bad='failed', alien='skipped', empty='skipped', slow='stopped', good='done'
     )
-    assert 'no_such_package.ops' in found['alien']['reason']
+    assert 'no_such_package' in found['alien']['reason']
     assert 'nowhere' in found['empty']['reason']
     assert calls.read_text() == 'xxx'
     summary = (root / 'summary.md').read_text()

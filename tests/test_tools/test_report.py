@@ -1,14 +1,13 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """The page about a training, of real trainings and of logs that say what a test needs."""
 
-import importlib
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
 import pytest
-from conftest import import_tool, run_forked
+from conftest import import_tool, run_tool
 from trainings import TASKS, logged, write_tiny_config
 
 from mmlinglo.analysis import page
@@ -83,8 +82,6 @@ def report(work_dir, *options):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """Work dirs of a training of each task, with a validation after each half of it."""
-    for toolbox in ('mmdet', 'mmseg', 'mmpretrain'):  # once, and not in each training's process
-        importlib.import_module(f'{toolbox}.apis')
     root = tmp_path_factory.mktemp('report')
     numbers = '--num-train 16 --num-val 8 --num-demo 1 --size 64'.split()
     assert import_tool('tools/misc/make_shapes.py').main([str(root / 'shapes'), *numbers]) == 0
@@ -98,7 +95,7 @@ def trained(tmp_path_factory):
         extra = f'train_cfg = dict(val_interval={interval})\n'
         extra += 'default_hooks = dict(logger=dict(interval=1))'
         config = write_tiny_config(folder, root / 'shapes', task, extra)
-        run_forked('tools/train.py', config, '--work-dir', folder / 'work')
+        run_tool('tools/train.py', config, '--work-dir', folder / 'work')
     return root
 
 

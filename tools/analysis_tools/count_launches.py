@@ -14,55 +14,42 @@ from typing import List, Optional
 
 from mmlinglo.analysis import launches
 from mmlinglo.analysis.peers import ALL
-from mmlinglo.analysis.report import format_table, provenance, write_report
-from mmlinglo.utils.cli import UsageError, run
+from mmlinglo.analysis.report import (
+    at_least,
+    explain_errors,
+    format_table,
+    make_parser,
+    provenance,
+    write_report,
+)
+from mmlinglo.utils.cli import run
 
 MODELS = [f'{family}_b{size}' for size in range(3) for family in ('linglo', 'pvt_v2')]
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add(
-        '--models',
-        nargs='+',
-        metavar='NAME',
-        default=MODELS,
-        help=f'models, among {", ".join(ALL)}',
-    )
+    parser = make_parser(__doc__, 'count_launches')
+    add, text = parser.add_argument, f'models, among {", ".join(ALL)}'
+    add('--models', nargs='+', metavar='NAME', default=MODELS, help=text)
     text = '; '.join(f'{form}: {what}' for form, what in launches.FORMS.items())
-    add(
-        '--forms',
-        nargs='+',
-        choices=launches.FORMS,
-        default=['plain'],
-        help=f'forms of LinGlo; {text}',
-    )
+    text = f'forms of LinGlo; {text}'
+    add('--forms', nargs='+', choices=launches.FORMS, default=['plain'], help=text)
     text = 'default: train, forward and backward'
     add('--modes', nargs='+', choices=launches.MODES, default=['train'], help=text)
     text = 'autocast; default: none'
     add('--amp', nargs='+', choices=launches.AMP, default=['none'], help=text)
-    add('--batch-size', type=int, default=8, help='default: %(default)s')
-    text = (
-        'image size in pixels; default: 224 224, for pooled features; otherwise four feature maps'
-    )
-    add('--shape', nargs=2, type=int, metavar=('H', 'W'), default=(224, 224), help=text)
-    text = (
-        'count, for a forward pass in float32, the kernels that torch.compile makes for a CPU too'
-    )
+    add('--batch-size', type=at_least(1), default=8, help='default: %(default)s')
+    text = 'image size in pixels; default: 224 224, for pooled features; otherwise four maps'
+    size = dict(nargs=2, type=at_least(64), metavar=('H', 'W'), default=(224, 224))
+    add('--shape', **size, help=text)
+    text = 'count, for a forward pass in float32, what torch.compile makes for a CPU too'
     add('--compiled', action='store_true', help=text)
     add('--channels-last', action='store_true', help='layout of images and kernels')
-    out = 'work_dirs/analysis/count_launches'
-    add('--out', default=out, help='path of the files, without suffix; default: %(default)s')
     args = parser.parse_args(argv)
     if args.compiled and ('train' in args.modes or args.amp != ['none']):
         parser.error('--compiled needs --modes eval or deploy, without --amp')
     if args.compiled and not shutil.which('g++'):
         parser.error('--compiled needs g++: on Debian or Ubuntu, apt-get install g++')
-    if args.batch_size < 1:
-        parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
-    if min(args.shape) < 64:
-        parser.error(f'--shape must be at least 64 64, got {args.shape[0]} {args.shape[1]}')
     return args
 
 
@@ -72,11 +59,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     for name, mode, amp in product(args.models, args.modes, args.amp):
         forms = args.forms if name.startswith('linglo_b') else ['plain']
         for form in forms:
-            try:
+            with explain_errors():
                 model = launches.build_form(name, args.shape, mode, form)
                 counts = launches.count_launches(model, images, amp, args.channels_last)
-            except (ValueError, ModuleNotFoundError) as error:
-                raise UsageError(f'{name}: {error}') from error
             row = dict(model=name, form=form, mode=mode, amp=amp)
             row['images'] = '{} x {} x {}'.format(args.batch_size, *args.shape)
             rows.append({**row, **counts.row()})
@@ -85,8 +70,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 rows[-1].update(zip(launches.COMPILED, kernels))
     source = provenance('cpu', counted='with CUDA tensors without data; nothing was timed')
     write_report(args.out, rows, source)
-    columns = {**launches.COLUMNS, **(launches.COMPILED if args.compiled else {})}
-    print(format_table(rows, columns), f'{args.out}.json, .csv', sep='\n')
+    print(format_table(rows, list(rows[0])), f'{args.out}.json, .csv', sep='\n')
     return 0
 
 

@@ -10,7 +10,7 @@ import shlex
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from mmlinglo.analysis.page import Training, predict, read_training, render
 from mmlinglo.analysis.report import provenance
@@ -43,7 +43,7 @@ def find_checkpoint(work_dir: Path) -> Optional[Path]:
 
 def predict_with(
     training: Training, checkpoint: Optional[Path], device: str, args: argparse.Namespace
-) -> Dict[str, Any]:
+) -> List[dict]:
     """Predictions for the page; where they cannot be had, none and a note."""
     try:
         if checkpoint is None or training.config is None:
@@ -60,7 +60,7 @@ def predict_with(
         known = isinstance(error, (UsageError, CheckpointError))
         reason = error if known else f'{type(error).__name__}: {error}'
         training.notes.append(f'No predictions and no table of the classes: {reason}')
-        return {}
+        return []
 
 
 def find_commands(training: Training, work_dir: Path, checkpoint: str) -> List[Tuple[str, str]]:

@@ -20,20 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add(
-        '--minutes',
-        type=float,
-        default=25,
-        help='time for all steps together; default: %(default)s',
-    )
+    text = 'time for all steps together; default: %(default)s'
+    add('--minutes', type=float, default=25, help=text)
     add('--resume', action='store_true', help='continue: skip the steps that are done')
     add('--rehearse', action='store_true', help='run every step at toy size, on a CPU')
     add('--steps', nargs='+', metavar='NAME', help='run only these steps; default: all')
-    add(
-        '--out',
-        type=Path,
-        help='folder for the results; default: docs/results/gpu_<name of the GPU>/',
-    )
+    text = 'folder for the results; default: docs/results/gpu_<name of the GPU>/'
+    add('--out', type=Path, help=text)
     return parser.parse_args(argv)
 
 
@@ -46,11 +39,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     elif not torch.cuda.is_available():
         raise UsageError('PyTorch finds no GPU here: use --rehearse to try all steps on a CPU')
-    out = args.out
-    if out is None:
-        name = 'rehearsal' if args.rehearse else torch.cuda.get_device_name()
-        out = Path('work_dirs' if args.rehearse else 'docs/results')
-        out = ROOT / out / f'gpu_{re.sub("[^a-z0-9]+", "_", name.lower())}'
+    name = 'rehearsal' if args.rehearse else torch.cuda.get_device_name()
+    folder = ROOT / ('work_dirs' if args.rehearse else 'docs/results')
+    out = args.out or folder / f'gpu_{re.sub("[^a-z0-9]+", "_", name.lower())}'
     out = Path(os.path.abspath(out))
     os.chdir(ROOT)
     out = out.relative_to(ROOT) if ROOT in out.parents else out  # hides the folders of this machine

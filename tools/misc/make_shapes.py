@@ -12,12 +12,13 @@ A scene's class is the class of its largest shape, which is clearly larger than 
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 import cv2
+import mmcv
+import mmengine
 import numpy as np
 
 from mmlinglo.analysis.report import at_least
@@ -95,24 +96,17 @@ def make_scene(rng: np.random.Generator, size: int) -> Tuple[np.ndarray, List[tu
     return (image.clip(0, 1) * 255).astype(np.uint8), shapes
 
 
-def encode(image: np.ndarray) -> bytes:
-    return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-
-
 def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Generator) -> None:
     """Write the scenes of ``'train'`` or ``'val'`` in all three layouts."""
     ade_split = dict(train='training', val='validation')[split]
-    coco, classes = root / 'coco' / split, root / 'imagenet' / split
-    pictures, masks = (root / 'ade' / kind / ade_split for kind in ('images', 'annotations'))
-    record = root / 'coco/annotations' / f'{split}.json'
-    for folder in (coco, record.parent, pictures, masks, *(classes / name for name in CLASSES)):
-        folder.mkdir(parents=True, exist_ok=True)
+    for name in CLASSES:
+        (root / 'imagenet' / split / name).mkdir(parents=True)
     images, annotations = [], []
     for image_id in range(count):
         image, shapes = make_scene(rng, size)
-        name = f'{image_id:06d}.jpg'
-        for folder in (coco, pictures, classes / CLASSES[shapes[0][0]]):
-            (folder / name).write_bytes(encode(image))
+        name, by_class = f'{image_id:06d}.jpg', f'imagenet/{split}/{CLASSES[shapes[0][0]]}'
+        for folder in (f'coco/{split}', f'ade/images/{ade_split}', by_class):
+            mmcv.imwrite(image, str(root / folder / name))
         labels = np.full((size, size), BACKGROUND_LABEL, np.uint8)
         images.append(dict(id=image_id, file_name=name, width=size, height=size))
         for label, corners, mask in shapes:
@@ -122,19 +116,18 @@ def write_split(root: Path, split: str, count: int, size: int, rng: np.random.Ge
             annotation.update(bbox=cv2.boundingRect(mask), area=int(mask.sum()))
             annotation.update(segmentation=[corners.round(1).ravel().tolist()])
             annotations.append(annotation)
-        cv2.imwrite(str(masks / f'{image_id:06d}.png'), labels)
+        mmcv.imwrite(labels, str(root / f'ade/annotations/{ade_split}/{image_id:06d}.png'))
     categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
     content = dict(images=images, annotations=annotations, categories=categories)
-    record.write_text(json.dumps(content))
+    mmengine.dump(content, root / f'coco/annotations/{split}.json')
 
 
 def write_demo(folder: Path, count: int, size: int, rng: np.random.Generator) -> None:
-    folder.mkdir()
     for i in range(count):
         # Compressed before enlarging, as the training scenes are: the same noise, the same blur.
-        image = cv2.imdecode(np.frombuffer(encode(make_scene(rng, size)[0]), np.uint8), 1)
+        image = cv2.imdecode(cv2.imencode('.jpg', make_scene(rng, size)[0])[1], cv2.IMREAD_COLOR)
         image = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
-        (folder / f'{i:06d}.jpg').write_bytes(encode(image))
+        mmcv.imwrite(image, str(folder / f'{i:06d}.jpg'))
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -149,13 +142,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     add('--size', type=at_least(32), default=160, help='height and width in pixels')
     add('--seed', type=int, default=0)
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    settings = {key: value for key, value in vars(args).items() if key != 'out'}
+    settings = dict(vars(args))
+    out = Path(settings.pop('out'))
+    record = out / 'settings.json'
+    if record.is_file() and mmengine.load(record) == settings:
+        print(f'{out} exists already, with these settings')
+        return 0
     if out.exists():
-        record = out / 'settings.json'
-        if record.is_file() and json.loads(record.read_text()) == settings:
-            print(f'{out} exists already, with these settings')
-            return 0
         raise UsageError(
             f'{out} exists and was not made with {settings}: remove it or name another folder'
         )
@@ -167,7 +160,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         write_split(work, 'train', args.num_train, args.size, train)
         write_split(work, 'val', args.num_val, args.size, val)
         write_demo(work / 'demo', args.num_demo, args.size, demo)
-        (work / 'settings.json').write_text(json.dumps(settings))
+        mmengine.dump(settings, work / record.name)
         work.rename(out)
     print(f'{out}/: {args.num_train} training and {args.num_val} validation scenes')
     return 0
