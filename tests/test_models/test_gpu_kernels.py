@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 import mmlinglo
 from mmlinglo import LinGlo
@@ -275,6 +276,8 @@ def check(part):
     ],
 )
 def test_values(part):
+    if TorchVersion(torch.__version__) < '2.10':
+        pytest.skip('not tried with the interpreter of older Tritons')
     environment = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONWARNINGS': 'ignore'}
     command = [sys.executable, __file__, part]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -343,11 +346,10 @@ def test_compiled_for_all(name, dtype, arch, channels_last):
 
 
 def test_which_tensors_take_the_kernels(monkeypatch):
-    from conftest import needs_counting
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if needs_counting.args[0]:
-        pytest.skip(needs_counting.kwargs['reason'])
+    if TorchVersion(torch.__version__) < '2.10':
+        pytest.skip('torch 2.5 has no CUDA tensors without data where there is no GPU')
 
     with FakeTensorMode():
         on_gpu = torch.empty(2, 3, 4, 5, device='cuda')
