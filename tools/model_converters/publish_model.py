@@ -100,7 +100,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         meta['cfg'] = cfg.pretty_text
     meta['mmlinglo_version'] = mmlinglo.__version__
     content = serialize(weights, to_plain(meta, 'meta'), args.safetensors)
-
     digits = hashlib.sha256(content).hexdigest()[:8]
     published = out.with_name(f'{out.stem}-{digits}{suffix}')
     with complete_file(published) as file:
