@@ -147,7 +147,7 @@ def _check_synchronized(device: str, arch: Any, x: Tensor) -> Iterator[dict]:
     processes = min(2, torch.cuda.device_count()) if on_gpu else 1
     reference = LinGlo(arch, fast=False)
     state = copy.deepcopy(reference.state_dict())
-    expected = reference.double()(x)
+    expected = _run(reference.double(), x)
     # torch's SyncBatchNorm is for GPUs only; its rewriting is not.
     for form in FORMS if on_gpu else ('rewritten',):
         with tempfile.TemporaryDirectory() as folder:
@@ -168,14 +168,14 @@ def _synchronize(
     state: dict,
     x: Tensor,
 ) -> None:
-    """Write the maps of a process."""
+    """Write the maps and the gradient of a process."""
     backend, place = ('nccl', f'cuda:{rank}') if on_gpu else ('gloo', 'cpu')
     init = f'file://{folder}/rendezvous'
     dist.init_process_group(backend, init, world_size=processes, rank=rank)
     try:
         model = _build(form, arch, state, norm_cfg=dict(type='SyncBN')).train().to(place)
-        outputs = model(x.to(place, torch.float32))
-        torch.save([out.detach().cpu() for out in outputs], Path(folder, f'{rank}.pt'))
+        found = _run(model, x.to(place, torch.float32))
+        torch.save([each.detach().cpu() for each in found], Path(folder, f'{rank}.pt'))
     finally:
         dist.destroy_process_group()
 
