@@ -34,6 +34,8 @@ LAYOUTS = {
     'ADEChallengeData2016': 'configs/ade20k/README.md',
     'data/imagenet': 'configs/imagenet/README.md',
 }
+# Modules whose assertions are about a data set's files.
+DATA_SETS = tuple(f'{name}.datasets.' for name in ('mmdet', 'mmseg', 'mmpretrain'))
 # What mmengine's logging back ends import. pip knows the packages by the same names.
 LOG_PACKAGES = dict(
     AimVisBackend='aim',
@@ -82,18 +84,21 @@ def run(main: Callable[[], Optional[int]]) -> None:
         message = str(error).splitlines()[-1].split(f'{TrainingError.__name__}: ')[-1]
         print_log(message, logger='current', level=logging.ERROR)  # also into the log file
         sys.exit(f'error: {message}')
-    except KeyError as error:
-        if not _is_unknown_type(error):
+    except (AssertionError, KeyError) as error:
+        if not _is_mistake(error):
             raise
         sys.exit(f'error: {error.args[0]}')
     if status:
         sys.exit(status)
 
 
-def _is_unknown_type(error: KeyError) -> bool:
-    """Whether a registry raised the error, for a `type` that no package has registered."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals['__name__'].startswith('mmengine.registry.')
+def _is_mistake(error: Exception) -> bool:
+    """Whether a registry found no such `type`, or a data set says what is wrong with its files."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals['__name__']
+    if isinstance(error, KeyError):
+        return module.startswith('mmengine.registry.')
+    return bool(error.args) and module.startswith(DATA_SETS) and '.transforms.' not in module
 
 
 def _format_own_frames(error: BaseException) -> Iterator[str]:
@@ -276,12 +281,13 @@ def check_data_files(cfg: Config, config: str, *splits: str) -> None:
             kind = type_name(dataset.get('type', ''))
             if dataset.get('backend_args') or 'MNIST' in kind or 'CIFAR' in kind:
                 continue  # not on this disk, or downloaded if need be
-            prefix = dataset.get('data_prefix') or ''
+            folder = dataset.get('split', '') if kind.startswith('ImageNet') else ''
+            prefix = dataset.get('data_prefix') or folder
             prefixes = prefix.values() if isinstance(prefix, dict) else [prefix]
             names = (name for name in (dataset.get('ann_file'), *prefixes) if isinstance(name, str))
             for path in (osp.join(dataset.get('data_root') or '', name) for name in names):
                 if path and '://' not in path and not osp.exists(path):
-                    pages = (page for folder, page in LAYOUTS.items() if folder in path)
+                    pages = (page for part, page in LAYOUTS.items() if part in path)
                     raise UsageError(
                         f'{path!r}, which {split}_dataloader reads, not found\n'
                         f'{next(pages, "docs/custom_dataset.md")} describes the layout, and '

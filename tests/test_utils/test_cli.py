@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, MODELS
 
 from mmlinglo.engine import TrainingError
 from mmlinglo.utils import CheckpointError, cli
@@ -42,8 +42,22 @@ def test_an_unknown_type_is_a_mistake():
         run(lambda: MODELS.build(dict(type='NoSuchModel')))
 
 
+def test_what_a_data_set_says_of_its_files_is_a_mistake(tmp_path):
+    (tmp_path / 'cat').mkdir()
+    (tmp_path / 'cat' / 'a.png').touch()
+    dataset = dict(type='CustomDataset', data_root=str(tmp_path), metainfo=dict(classes=('a', 'b')))
+    with pytest.raises(SystemExit, match=r'^error: The number of subfolders \(1\)'):
+        run(lambda: DATASETS.build(dict(dataset, _scope_='mmpretrain')))
+
+
 @pytest.mark.parametrize(
-    'error', [KeyError('a key'), KeyError('x is not in the registry'), RuntimeError('a fault')]
+    'error',
+    [
+        AssertionError('a fault'),
+        KeyError('a key'),
+        KeyError('x is not in the registry'),
+        RuntimeError('a fault'),
+    ],
 )
 def test_other_errors_keep_their_traceback(error):
     def main():
@@ -207,7 +221,7 @@ def test_trust(load_runner_config, trust):
     [
         ('retinanet_linglo-b0_fpn_1x_coco', 'instances_train2017.json', 'configs/coco/README.md'),
         ('fpn_linglo-b0_8xb4-40k_ade20k-512x512', 'images/training', 'configs/ade20k/README.md'),
-        ('linglo-b0_8xb128_in1k', 'data/imagenet/', 'configs/imagenet/README.md'),
+        ('linglo-b0_8xb128_in1k', 'data/imagenet/train', 'configs/imagenet/README.md'),
     ],
 )
 def test_missing_data_are_named_first(name, missing, page, tmp_path, monkeypatch):
