@@ -9,7 +9,7 @@ import os.path as osp
 import re
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 from urllib.parse import urlparse
 
 import torch
@@ -278,18 +278,19 @@ def load_pretrained_backbone(
     """Load a backbone from a checkpoint of a classifier, detector, segmentor or bare backbone.
 
     The file must have every tensor of ``backbone``, except output norms (``norm0``, ``norm1``,
-    ...): they exist only for the stages that the source returned. The log says how many tensors
-    were loaded.
+    ...): they exist only for the stages that the source returned. Its stem and its stages, as far
+    as ``backbone`` has them, must have no other tensors. The log says how many were loaded.
 
     Args:
         backbone: The backbone. It stays as it is if the weights do not fit.
         source: Path, URL, or URI of any mmengine file backend.
         prefix: Prefix of the backbone's tensors in the file. Defaults to
-            ``'backbone.'`` if the file has such tensors, else to none.
+            ``'backbone.'``. A file without this one may have none.
 
     Raises:
         FileNotFoundError: If ``source`` does not exist. It says what to do.
-        CheckpointError: If tensors are missing, have other shapes or are not finite.
+        CheckpointError: If no tensor has the prefix, or if tensors are missing, have other shapes,
+            are of another network or not finite.
     """
     try:
         weights = find_state_dict(load_checkpoint_file(source))
@@ -299,13 +300,21 @@ def load_pretrained_backbone(
     if any(key.startswith(prefix) for key in weights):
         weights = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
         weights = _unwrap(weights)
+    elif prefix != 'backbone.':
+        found = {k[: k.index('patch_embed.')] for k in weights if 'patch_embed.' in k}
+        found = found or {f'{key.split(".")[0]}.' for key in weights}
+        raise CheckpointError(
+            f'{source!r} has no tensors with the prefix {prefix!r}: name one that it has, or leave '
+            f'it out. It has {_shorten(sorted(map(repr, found))) or "no tensors"}'
+        )
 
     expected = backbone.state_dict()
     output_norms = {key for key in expected if key.split('.')[0][:-1] == 'norm'}
     new = [key for key in expected if key in output_norms and key not in weights]
     shared = {key: weights[key] for key in expected if key in weights}
     required = {key: value for key, value in expected.items() if key not in new}
-    check_fit(weights, required, source, strict=False)
+    built = [n for n, _ in backbone.named_modules() if re.fullmatch(r'patch_embed|stages\.\d+', n)]
+    check_fit(weights, required, source, tuple(f'{name}.' for name in built))
     check_finite(shared, source, expected)
     backbone.load_state_dict(shared, strict=False)
     print_log(
@@ -316,9 +325,15 @@ def load_pretrained_backbone(
 
 
 def check_fit(
-    weights: Dict[str, Tensor], expected: Dict[str, Tensor], source: str, strict: bool = True
+    weights: Dict[str, Tensor],
+    expected: Dict[str, Tensor],
+    source: str,
+    complete: Tuple[str, ...] = ('',),
 ) -> None:
-    """Raise CheckpointError if tensors are missing, of another shape or, if ``strict``, unexpected."""
+    """Raise CheckpointError if tensors are missing, of another shape or unexpected.
+
+    Those that ``expected`` has not are unexpected if their names begin with one of ``complete``.
+    """
     expected = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
     # Files written before torch 1.0 have no batch counter; it is not part of the network.
     missing = [k for k in expected if k not in weights and 'num_batches_tracked' not in k]
@@ -327,7 +342,7 @@ def check_fit(
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
-    unexpected = [key for key in weights if key not in expected and strict]
+    unexpected = [key for key in weights if key not in expected and key.startswith(complete)]
     odd = [key for key in expected if key in weights and not _is_plain(weights[key])]
     problems = [
         f'{len(keys)} tensors {what}: {_shorten(keys)}'
@@ -342,20 +357,22 @@ def check_fit(
     if not problems:
         return
     hint = ''
-    if any('.reparam.' in key for key in missing):
+    in_file, differing = ' '.join(weights), ' '.join([*missing, *shapes, *unexpected])
+    longer = [key for key in weights if missing and key.endswith(f'.{missing[0]}')]
+    if longer:
+        prefix = longer[0][: -len(missing[0])]
+        hint = f'The file has {missing[0]} as {longer[0]}: name the prefix {prefix!r}, or remove it'
+    elif '.reparam.' in differing and '.branches.' in in_file:
+        hint = 'The model is built with deploy=True: convert the file with reparameterize_model.py'
+    elif '.branches.' in differing and '.reparam.' in in_file:
+        hint = 'The file was re-parameterised: build the model with deploy=True'
+    elif 'stages.' in differing and 'stages.' in in_file:
         hint = (
-            '. The model is built with deploy=True: convert the file with reparameterize_model.py'
+            'The file has another backbone: build the model with its arch, pos_encoding, layout, '
+            'qkv_bias and so on, or name another file'
         )
-    elif any('.branches.' in key for key in missing) and not any(
-        '.branches.' in k for k in weights
-    ):
-        hint = '. If the file was re-parameterised, build the model with deploy=True'
-    elif missing:
-        longer = [key for key in weights if key.endswith(f'.{missing[0]}')]
-        if longer:
-            prefix = longer[0][: -len(missing[0])]
-            hint = f'. The file has {missing[0]} as {longer[0]}: name the prefix {prefix!r}, or remove it'
-    raise CheckpointError(f'{source!r} does not fit this model: ' + '; '.join(problems) + hint)
+    problem = '; '.join(problems) + '. ' * bool(hint) + hint
+    raise CheckpointError(f'{source!r} does not fit this model: {problem}')
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -371,5 +388,7 @@ def _reason(error: Exception) -> str:
     """Take the first sentence of an error. For torch's safe reader, skip its advice."""
     if isinstance(error, UnpicklingError) and isinstance(error.__context__, UnpicklingError):
         error = error.__context__
-    text = str(error).strip() or type(error).__name__
+    text = str(error).strip()
+    if isinstance(error, LookupError) or not text:  # a key of the reader's says nothing by itself
+        text = f'{type(error).__name__} {text}'.strip()
     return re.split(r'\.?(?:\s*\n|\.\s|\.$)', text, maxsplit=1)[0]

@@ -4,6 +4,8 @@
 It needs torch and timm, and none of OpenMMLab's packages. ``checkpoint_path=`` takes classifiers'
 checkpoints that ``publish_model.py`` has written; ``pretrained=True`` with
 ``pretrained_cfg_overlay=dict(file=...)`` also takes backbones of detectors and segmentors.
+``timm.create_model`` leaves out arguments that are None: for ``pos_encoding=None``, call
+:class:`LinGloClassifier`.
 """
 
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
@@ -16,6 +18,7 @@ from torch import Tensor, contiguous_format, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlinglo.models.arch import ARCHS
+from mmlinglo.models.arguments import parse_layout
 from mmlinglo.models.fast import FastLinGloNetwork
 from mmlinglo.models.init import init_layer
 
@@ -35,6 +38,9 @@ class LinGloClassifier(nn.Module):
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        attention: str = 'key_only',
+        pos_encoding: Optional[str] = 'RP-CPE',
+        layout: Optional[str] = None,
         **network: Any,  # further arguments of LinGloNetwork
     ) -> None:
         super().__init__()
@@ -43,7 +49,14 @@ class LinGloClassifier(nn.Module):
         self.num_features = self.head_hidden_size = sizes.embed_dims[-1]
         self.grad_checkpointing = False
         self.backbone = FastLinGloNetwork(
-            sizes, in_chans, drop_path_rate, out_indices=[3], **network
+            sizes,
+            in_chans,
+            drop_path_rate,
+            attention,
+            pos_encoding,
+            parse_layout(layout, len(sizes.depths), attention, pos_encoding),
+            out_indices=[3],
+            **network,
         )
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate)
         self.apply(init_layer)

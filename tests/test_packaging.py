@@ -34,8 +34,12 @@ def test_wheel_holds_configs_and_tools_for_mim(tmp_path):
     assert (mim / 'tools/dist_train.sh').is_file()
     for_developers = ('update_model_zoo', 'run_tests', 'setup_env', 'quickstart')
     assert not [path for path in (mim / 'tools').rglob('*') if path.stem in for_developers]
-    help_text = subprocess.check_output(['bash', mim / 'tools/dist_train.sh', '--help'], text=True)
+    script = mim / 'tools/dist_train.sh'
+    help_text = subprocess.check_output(['bash', script, '--help'], text=True)
     assert help_text.startswith('bash tools/dist_train.sh CONFIG GPUS')
+    for gpus in ('two', '0', '--work-dir'):
+        wrong = subprocess.run(['bash', script, 'x.py', gpus], capture_output=True, text=True)
+        assert (wrong.returncode, wrong.stderr) == (2, help_text)
     assert (tmp_path / 'site/mmlinglo/py.typed').is_file()
     (folder,) = (tmp_path / 'site').glob('*.dist-info')
     metadata = PathDistribution(folder).metadata

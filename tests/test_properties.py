@@ -268,6 +268,7 @@ ALLOWED = dict(
     with_cp=is_flag,
     deploy=is_flag,
     fast=lambda value: value is None or is_flag(value),
+    init_cfg=lambda value: value is None or value == [],
     embed_dims=lambda value: type(value) is int and value > 0 and value % 2 == 0,
     depths=is_integer(0),
     num_heads=lambda value: type(value) is int and value in (1, 2, 4, 8),

@@ -1,6 +1,7 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 """LinGlo as one of timm's models: what timm asks of each of its own, and the values of the registered backbone."""
 
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,42 @@ def test_same_maps_as_the_registered_backbone():
         normed = model.forward_intermediates(x, [3], norm=True, intermediates_only=True)
         torch.testing.assert_close(normed[0], expected[3])
     assert all(stage.is_contiguous() for stage in stages)
+
+
+@pytest.mark.parametrize(
+    'variant',
+    [
+        dict(layout='C-C-H-H'),
+        dict(attention='dot_product'),
+        dict(pos_encoding='absolute'),
+        dict(pos_encoding='R-CPE', qkv_bias=False),
+    ],
+    ids=str,
+)
+def test_variants_are_those_of_the_registered_backbone(variant):
+    model, backbone = create(**variant), LinGlo('b0', out_indices=(3,), **variant).eval()
+    backbone.load_state_dict(model.backbone.state_dict())
+    x = images(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), backbone(x)[0])
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(layout='C-H'),
+        dict(layout='CCHH'),
+        dict(layout='C-C-H-H', pos_encoding='absolute'),
+        dict(pos_encoding='RPCPE'),
+        dict(attention='nope'),
+    ],
+    ids=str,
+)
+def test_wrong_variants_are_refused_as_by_the_registered_backbone(wrong):
+    with pytest.raises(ValueError, match='must') as expected:
+        LinGlo('b0', **wrong)
+    with pytest.raises(ValueError, match=re.escape(str(expected.value))):
+        timm.create_model('linglo_b0', **wrong)
 
 
 def test_checkpoint_of_a_classifier(tmp_path):

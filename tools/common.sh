@@ -15,6 +15,7 @@ export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 dist_launch() {
     local gpus=$1 rendezvous=(--standalone) # uses any free port
     shift
+    [[ $gpus =~ ^[1-9][0-9]*$ ]] || usage
     if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
         rendezvous=(--master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
     fi

@@ -21,7 +21,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmlinglo.analysis.curves import read_scalars
-from mmlinglo.utils.cli import UsageError, load_config
+from mmlinglo.utils.cli import UsageError, key_value, load_config
 from mmlinglo.utils.files import complete_file
 
 METRIC = 'accuracy/top1'
@@ -44,7 +44,7 @@ def campaign_parser(description: str, name: str, seeds: List[int]) -> argparse.A
     text = 'default: its own pickles, downloaded if missing; or {train,test}/<class>/ with pictures'
     add('--data-format', choices=['cifar', 'folder'], default='cifar', help=text)
     text = 'further settings, for all rows'
-    add('--cfg-options', nargs='+', action=DictAction, help=text)
+    add('--cfg-options', nargs='+', type=key_value, action=DictAction, help=text)
     add('--work-dir', default=f'work_dirs/{name}_cifar10', help='default: %(default)s')
     text = 'path of the results, without suffix; default: %(default)s'
     add('--out', default=f'work_dirs/analysis/run_{name}', help=text)

@@ -1,19 +1,23 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import copy
 import logging
+from fractions import Fraction
 from typing import Any, Dict, List, Optional, Union
 
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.registry import OPTIMIZERS
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmlinglo.checkpoint import NOT_RESUMABLE, CheckpointError, check_fit, find_state_dict
 
+from .errors import TrainingError
 from .launch import hide_native_output
 
 WARM_UPS = ('LinearLR', 'ConstantLR', 'QuadraticWarmupLR')
+PERIODS = ('T_max', 'step_size', 'periods', 'total_steps')
 
 
 class QuietRunner(Runner):
@@ -47,6 +51,35 @@ class TrainingRunner(QuietRunner):
             super().resume(filename, *args, **kwargs)
         except (CheckpointError, ValueError) as error:  # torch's, if the parameter groups differ
             raise CheckpointError(f'{error}. {NOT_RESUMABLE.format(source=filename)}') from error
+
+    def build_train_loop(self, loop: Union[BaseLoop, dict]) -> BaseLoop:
+        """Build the loop.
+
+        Raises:
+            TrainingError: If there are fewer samples than a batch has, and ``drop_last=True``.
+        """
+        loop = super().build_train_loop(loop)
+        loader = loop.dataloader
+        if len(loader) == 0:
+            raise TrainingError(
+                f'train_dataloader has no batch: {len(loader.dataset)} samples, batch_size='
+                f'{loader.batch_sampler.batch_size}, drop_last=True. Choose a smaller batch_size'
+            )
+        return loop
+
+    def build_optim_wrapper(self, optim_wrapper: Union[dict, OptimWrapper]) -> OptimWrapper:
+        """Build the optimizer.
+
+        Raises:
+            TrainingError: If there is none of its name.
+        """
+        optimizer = optim_wrapper.get('optimizer') if isinstance(optim_wrapper, dict) else None
+        name = optimizer.get('type') if isinstance(optimizer, dict) else None
+        if isinstance(name, str) and OPTIMIZERS.get(name) is None:
+            raise TrainingError(
+                f'no optimizer is called {name!r}: correct optim_wrapper.optimizer.type'
+            )
+        return super().build_optim_wrapper(optim_wrapper)
 
     def build_param_scheduler(self, scheduler: Union[dict, list]) -> Union[dict, list]:
         """Build the schedulers, fitted to the length of the training."""
@@ -121,13 +154,15 @@ def fit_schedulers(schedulers: List[dict], lengths: Dict[bool, int]) -> List[dic
             continue
         if length is not None and end is not None and end > length:
             scheduler['end'] = length
-            if 'T_max' in scheduler:
-                scheduler['T_max'] = max(1, scheduler['T_max'] * (length - begin) // (end - begin))
+            for key in PERIODS:
+                if scheduler.get(key):
+                    share = Fraction(length - begin, end - begin)
+                    scheduler[key] = _shorten(scheduler[key], share)
             if 'milestones' in scheduler:
                 scaled = {max(1, each * length // end) for each in scheduler['milestones']}
                 scheduler['milestones'] = sorted(each for each in scaled if each < length)
             what = ', '.join(
-                f'{key} {scheduler[key]}' for key in ('T_max', 'milestones') if key in scheduler
+                f'{key} {scheduler[key]}' for key in (*PERIODS, 'milestones') if key in scheduler
             )
             _warn(
                 scheduler, length, f'ends at {length} instead of {end}' + f' ({what})' * bool(what)
@@ -141,6 +176,12 @@ def _is_warm_up(scheduler: dict) -> bool:
     name = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
     rises = scheduler.get('start_factor', 1 / 3) < scheduler.get('end_factor', 1.0)
     return name in WARM_UPS and scheduler.get('begin', 0) == 0 and rises
+
+
+def _shorten(steps: Any, share: Fraction) -> Any:
+    if isinstance(steps, (list, tuple)):
+        return [_shorten(each, share) for each in steps]
+    return max(1, int(steps * share))
 
 
 def _warn(scheduler: dict, length: int, what: str) -> None:

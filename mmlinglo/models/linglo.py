@@ -14,21 +14,21 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from mmlinglo.checkpoint import load_pretrained_backbone
 from mmlinglo.registry import MODELS
 
 from .arch import ARCHS, Arch
-from .arguments import check_integer, get_length, is_integer, is_number
+from .arguments import check_integer, get_length, is_integer, is_number, parse_layout
 from .fast import ConditionalPositionalEncoding, FastLinGloNetwork, Rewriting
-from .fast.seam import PLAIN_LAYERS
+from .fast.seam import PLAIN_LAYERS, is_switched_on, switch
 from .init import init_layer
-from .network import ENCODINGS
 from .padding import ImageSizes, forward_unpadded
 
 BATCH_NORM = MappingProxyType(dict(type='BN'))
+PRETRAINED = ('Pretrained', PretrainedInit)  # the class in pure Python configs
 PLAIN_LAYERS.append(SyncBatchNorm)  # mmengine's, type='SyncBN'
 
 
@@ -39,7 +39,9 @@ class CheckpointedBlocks(nn.Sequential):
         for block in self:
             if x.requires_grad:
                 contexts = partial(_make_contexts, block)
-                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+                # What is compiled keeps its running statistics by itself.
+                options: Any = {} if torch.compiler.is_compiling() else dict(context_fn=contexts)
+                x = checkpoint(block, x, use_reentrant=False, **options)
             else:
                 x = block(x)
         return x
@@ -153,7 +155,7 @@ class LinGlo(FastLinGloNetwork, BaseModule):
         self.arch = Arch.parse(arch)
         num_stages = len(self.arch.depths)
         _check_arguments(num_stages, locals())
-        self.layout = _parse_layout(layout, num_stages, pos_encoding)
+        self.layout = parse_layout(layout, num_stages, attention, pos_encoding)
         super().__init__(
             arch=self.arch,
             in_channels=in_channels,
@@ -257,9 +259,12 @@ class LinGlo(FastLinGloNetwork, BaseModule):
         """
         if self.training:
             raise RuntimeError('switch_to_deploy() needs evaluation mode: call model.eval() first')
-        for module in self.modules():
-            if isinstance(module, ConditionalPositionalEncoding):
-                module.switch_to_deploy()
+        encodings = [m for m in self.modules() if isinstance(m, ConditionalPositionalEncoding)]
+        for encoding in encodings:
+            if not encoding.deploy:
+                encoding.fused_kernel_and_bias()  # raises before any of them is changed
+        for encoding in encodings:
+            encoding.switch_to_deploy()
         self.deploy = True
 
     def init_weights(self) -> None:
@@ -271,13 +276,12 @@ class LinGlo(FastLinGloNetwork, BaseModule):
 
         Raises:
             FileNotFoundError: If the pretrained file is missing.
-            CheckpointError: If it lacks backbone tensors or has other shapes.
+            CheckpointError: If it lacks backbone tensors, has other shapes or is of another network.
         """
         self.apply(init_layer)
         init_cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
-        strict = ('Pretrained', PretrainedInit)  # the class in pure Python configs
-        pretrained = [cfg for cfg in init_cfgs if cfg['type'] in strict]
-        others = [cfg for cfg in init_cfgs if cfg['type'] not in strict]
+        pretrained = [cfg for cfg in init_cfgs if cfg['type'] in PRETRAINED]
+        others = [cfg for cfg in init_cfgs if cfg['type'] not in PRETRAINED]
         if others:
             self.init_cfg = others
             super().init_weights()
@@ -363,27 +367,18 @@ def _check_arguments(num_stages: int, arguments: Dict[str, Any]) -> None:
     norm_cfg = arguments['norm_cfg']
     if norm_cfg is not None and not (isinstance(norm_cfg, Mapping) and 'type' in norm_cfg):
         raise TypeError(f"norm_cfg must be None or a dict with the key 'type', got {norm_cfg!r}")
-    choices = dict(attention=list(LinGlo.attentions), pos_encoding=[*ENCODINGS, 'absolute', None])
-    for name, allowed in choices.items():
-        if arguments[name] not in allowed:
-            raise ValueError(f'{name} must be one of {allowed}, got {arguments[name]!r}')
-
-
-def _parse_layout(
-    layout: Optional[str], num_stages: int, pos_encoding: Optional[str]
-) -> Tuple[str, ...]:
-    letters = ('H',) * num_stages if layout is None else tuple(str(layout).split('-'))
-    if len(letters) != num_stages or not set(letters) <= {'C', 'H'}:
-        raise ValueError(
-            f"layout must name C or H for each of {num_stages} stages, such as 'C-C-H-H', "
-            f'got {layout!r}'
+    init_cfg = arguments['init_cfg']
+    given = [init_cfg] if get_length(init_cfg) is None else init_cfg
+    if init_cfg is not None and not all(
+        isinstance(cfg, dict)
+        and 'type' in cfg
+        and (cfg['type'] not in PRETRAINED or cfg.get('checkpoint'))
+        for cfg in given
+    ):
+        raise TypeError(
+            "init_cfg must be None, a dict with the key 'type' (and with 'checkpoint', a path or "
+            f"URL, if the type is 'Pretrained'), or a list of such dicts, got {init_cfg!r}"
         )
-    if 'C' in letters and pos_encoding not in ENCODINGS:
-        raise ValueError(
-            f'layout {layout!r} has convolutional blocks, whose convolution is pos_encoding: it '
-            f'must be one of {list(ENCODINGS)}, got {pos_encoding!r}'
-        )
-    return letters
 
 
 def _parse_out_indices(out_indices: Union[int, Sequence[int]], num_stages: int) -> Tuple[int, ...]:
@@ -403,11 +398,11 @@ def _parse_out_indices(out_indices: Union[int, Sequence[int]], num_stages: int) 
 
 def _make_contexts(block: nn.Module) -> Tuple[Any, Any]:
     """Contexts of the forward pass, and of its repetition in the backward pass."""
-    return nullcontext(), _KeepRunningStats(block)
+    return nullcontext(), _Repetition(block)
 
 
-class _KeepRunningStats:
-    """Keep batch norms in training mode from updating their statistics a second time.
+class _Repetition:
+    """Run a block as its forward pass did, but keep norms from updating their statistics again.
 
     By a momentum of 0 and not through ``track_running_stats``, which would
     change what autograd saves and so break the recomputation. It can be entered
@@ -415,10 +410,13 @@ class _KeepRunningStats:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        norms = (m for m in block.modules() if isinstance(m, _BatchNorm))
+        norms = (m for m in block.modules() if isinstance(m, _NormBase))
         self.norms = [norm for norm in norms if norm.track_running_stats]
+        self.rewrites = is_switched_on()
 
     def __enter__(self) -> None:
+        self.switch = switch(self.rewrites)
+        self.switch.__enter__()
         self.before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self.norms]
         for norm in self.norms:
             norm.momentum = 0.0
@@ -427,3 +425,4 @@ class _KeepRunningStats:
         for norm, (momentum, num_batches_tracked) in zip(self.norms, self.before):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(num_batches_tracked)
+        self.switch.__exit__(None, None, None)

@@ -221,7 +221,8 @@ class LinGloNetwork(nn.Module):
         super().__init__()
         self.out_indices = tuple(out_indices)
         dims, strides = arch.embed_dims, arch.strides
-        rates = iter(torch.linspace(0, drop_path_rate, sum(arch.depths), device='cpu').tolist())
+        last = max(sum(arch.depths) - 1, 1)
+        rates = (drop_path_rate * i / last for i in range(last + 1))
 
         def build_block(i: int) -> nn.Module:
             hidden_dims, encoding, excite = int(dims[i] * arch.mlp_ratio[i]), None, None

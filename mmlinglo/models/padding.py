@@ -61,10 +61,13 @@ def _find_image_sizes(x: Tensor, image_sizes: Optional[ImageSizes]) -> List[Tupl
             "'mmlinglo.SizedSegDataPreProcessor' (mmseg) in the config, or pass image_sizes"
         )
     height, width = x.shape[-2:]
-    sizes = [(int(h), int(w)) for h, w in image_sizes]
+    try:
+        sizes = [(int(h), int(w)) for h, w in image_sizes]
+    except (TypeError, ValueError):  # not two numbers for each image
+        sizes = [(0, 0)]
     if len(sizes) != len(x) or not all(0 < h <= height and 0 < w <= width for h, w in sizes):
         raise ValueError(
             'image_sizes must be the height and width of each image in a batch of shape '
-            f'{tuple(x.shape)}, got {sizes}'
+            f'{tuple(x.shape)}, got {image_sizes!r}'
         )
     return sizes

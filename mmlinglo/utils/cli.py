@@ -3,6 +3,7 @@
 
 import argparse
 import atexit
+import errno
 import importlib.util
 import logging
 import os
@@ -34,8 +35,9 @@ LAYOUTS = {
     'ADEChallengeData2016': 'configs/ade20k/README.md',
     'data/imagenet': 'configs/imagenet/README.md',
 }
-# Modules whose assertions are about a data set's files.
-DATA_SETS = tuple(f'{name}.datasets.' for name in ('mmdet', 'mmseg', 'mmpretrain'))
+# What loads the files of a data set, if none of the user's own code does.
+DATA_SET_CODE = ('json', 'mmdet', 'mmengine', 'mmpretrain', 'mmseg', 'numpy', 'pycocotools')
+FILE_ERRORS = 'EACCES EEXIST EISDIR ENOSPC ENOTDIR EPERM EROFS'.split()
 # What mmengine's logging back ends import. pip knows the packages by the same names.
 LOG_PACKAGES = dict(
     AimVisBackend='aim',
@@ -59,7 +61,8 @@ class ConfigError(UsageError):
 def run(main: Callable[[], Optional[int]]) -> None:
     """Run a tool with a quiet screen; mistakes of the user end it with one message and exit status 1.
 
-    An error in the code of a config is shown with the lines of that code.
+    An error in the code of a config is shown with the lines of that code. Ctrl-C ends it without a
+    traceback.
 
     Args:
         main: The tool. What it returns is the exit status; None and 0 are success.
@@ -69,12 +72,19 @@ def run(main: Callable[[], Optional[int]]) -> None:
     try:
         with screen:
             status = main()
+            sys.stdout.flush()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # A process that leaves while another still uses the group may take that one with it.
             torch.distributed.barrier()
             if torch.distributed.get_backend() == 'gloo':
                 _leave(status or 0)
             torch.distributed.destroy_process_group()
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted\n')
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UsageError, CheckpointError, FileNotFoundError) as error:
         if isinstance(error, ConfigError) and error.__cause__ is not None:
             sys.stderr.writelines(_format_own_frames(error.__cause__))
@@ -84,21 +94,32 @@ def run(main: Callable[[], Optional[int]]) -> None:
         message = str(error).splitlines()[-1].split(f'{TrainingError.__name__}: ')[-1]
         print_log(message, logger='current', level=logging.ERROR)  # also into the log file
         sys.exit(f'error: {message}')
-    except (AssertionError, KeyError) as error:
-        if not _is_mistake(error):
+    except Exception as error:
+        explanation = _explain(error)
+        if explanation is None:
             raise
-        sys.exit(f'error: {error.args[0]}')
+        sys.exit(f'error: {explanation}')
     if status:
         sys.exit(status)
 
 
-def _is_mistake(error: Exception) -> bool:
-    """Whether a registry found no such `type`, or a data set says what is wrong with its files."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module = frame.f_globals['__name__']
-    if isinstance(error, KeyError):
-        return module.startswith('mmengine.registry.')
-    return bool(error.args) and module.startswith(DATA_SETS) and '.transforms.' not in module
+def _explain(error: Exception) -> Optional[str]:
+    """The message, if files, a `type` that no registry has, or a data set that does not fit caused it."""
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in FILE_ERRORS:
+        return f'{error.filename!r}: {error.strerror}'
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [frame.f_globals['__name__'] for frame in frames]
+    if isinstance(error, KeyError) and modules[-1].startswith('mmengine.registry.'):
+        return error.args[0]
+    loading = [i for i, frame in enumerate(frames) if frame.f_code.co_name == 'full_init']
+    if loading and all(name.split('.')[0] in DATA_SET_CODE for name in modules[loading[0] :]):
+        dataset = frames[loading[0]].f_locals['self']
+        return (
+            f'{dataset.ann_file or dataset.data_prefix!r} cannot be loaded '
+            f'({type(error).__name__}: {error})\n'
+            'python tools/misc/check_dataset.py CONFIG tells what is wrong with a data set'
+        )
+    return None
 
 
 def _format_own_frames(error: BaseException) -> Iterator[str]:
@@ -120,11 +141,19 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
+        type=key_value,
         action=DictAction,
         help='override settings of the config with key=value pairs; write lists as key="[a,b]" or '
         'key=a,b, and nested tuples as key="[(a,b),(c,d)]", quoted and without spaces',
     )
     return parser
+
+
+def key_value(text: str) -> str:
+    """A word of ``--cfg-options``, for argparse."""
+    if '=' not in text[1:]:
+        raise argparse.ArgumentTypeError(f'must be key=value, without spaces, got {text!r}')
+    return text
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +266,11 @@ def load_runner_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', Path(cfg.filename).stem)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise UsageError(
+            '--launcher pytorch is for processes that torchrun has started: use tools/dist_train.sh '
+            'or tools/dist_test.sh'
+        )
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise UsageError(

@@ -22,6 +22,10 @@ def build_model(cfg: Config) -> nn.Module:
     return revert_sync_batchnorm(MODELS.build(model_cfg))
 
 
+def has_deployed_form(model: nn.Module) -> bool:
+    return any(hasattr(module, 'switch_to_deploy') for module in model.modules())
+
+
 def switch_to_deploy(model: nn.Module) -> None:
     """Re-parameterise a classifier, detector or segmentor in place.
 

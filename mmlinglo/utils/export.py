@@ -104,13 +104,16 @@ def run_onnx(path: Union[str, Path], images: Tensor) -> List[Tensor]:
 def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Divide each tensor's largest error by its largest expected value; return the largest ratio.
 
+    It is NaN if any of the tensors has NaN.
+
     Raises:
         ValueError: If the numbers or shapes of the tensors differ.
     """
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, expected)]
     if shapes[0] != shapes[1]:
         raise ValueError(f'the outputs have the shapes {shapes[0]}, expected {shapes[1]}')
-    return max(
+    ratios = [
         float((out - ref).abs().max() / ref.abs().max().clamp(min=1e-12))
         for out, ref in zip(outputs, expected)
-    )
+    ]
+    return max(ratios, key=lambda ratio: (ratio != ratio, ratio))  # nan is the largest

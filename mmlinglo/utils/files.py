@@ -1,4 +1,5 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
+import errno
 import os
 import tempfile
 from contextlib import contextmanager
@@ -19,8 +20,13 @@ def complete_file(path: Path) -> Iterator[Path]:
     Yields:
         Path of an empty file in the same folder, with the same suffix.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, 'is a folder: name a file')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    except OSError as error:  # about the folder, or a file that nobody has named
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(descriptor)
     try:
         yield Path(name)

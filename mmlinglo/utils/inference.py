@@ -38,7 +38,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mmlinglo.checkpoint import load_model_weights
 
-from .deploy import build_model, switch_to_deploy
+from .deploy import build_model, has_deployed_form, switch_to_deploy
 from .files import complete_file
 
 PICTURE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -172,7 +172,7 @@ class Predictor:
             raise ValueError(f'default_scope must be one of {sorted(VISUALIZER)}, got {scope!r}')
         self.load = InputPipeline(cfg)
         self.model = build_model(cfg).eval()
-        if deploy and not any(hasattr(part, 'switch_to_deploy') for part in self.model.modules()):
+        if deploy and not has_deployed_form(self.model):
             raise ValueError(
                 'the model has no part that can be re-parameterised: leave out --deploy'
             )

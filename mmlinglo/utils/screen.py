@@ -67,7 +67,7 @@ def _is_shown(level: str, message: str, caller: str) -> bool:
     if NOISE.search(message):
         return False
     if level != 'INFO':
-        return True
+        return caller != 'mmlinglo.utils.cli'  # it shows its error after the log has it
     if caller in ('mmengine.hooks.logger_hook', 'mmlinglo.engine.hooks'):
         # a progress bar shows how far an evaluation is
         return not (re.match(r'(Epoch|Iter)\((val|test)\)', message) and 'eta:' in message)

@@ -10,13 +10,17 @@ from mmengine.optim import LinearLR
 from torch import nn
 from toy import Recorder, Toy, build_runner
 
-from mmlinglo.engine import ReseedHook, fit_schedulers
+from mmlinglo.engine import ReseedHook, TrainingError, fit_schedulers
 from mmlinglo.utils import CheckpointError
 
 WARM_UP = dict(type='LinearLR', start_factor=0.01, begin=0, end=100, by_epoch=False)
 POLY = dict(type='PolyLR', begin=100, end=1000, by_epoch=False)
 STEPS = dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[8, 11])
 COSINE = dict(type='CosineAnnealingLR', T_max=295, begin=5, end=300, by_epoch=True)
+
+DROPS = dict(type='StepLR', begin=0, end=100, by_epoch=True)
+RESTARTS = dict(type='CosineRestartLR', begin=10, end=100, by_epoch=True, restart_weights=[1, 0.5])
+CYCLE = dict(type='OneCycleLR', begin=0, end=100, by_epoch=True, eta_max=0.1)
 
 
 def test_a_long_enough_training_keeps_its_schedule():
@@ -40,6 +44,10 @@ def test_a_long_enough_training_keeps_its_schedule():
         ([STEPS], {True: 2, False: 3}, [dict(STEPS, end=2, milestones=[1])]),
         ([COSINE], {True: 64, False: 9}, [dict(COSINE, end=64, T_max=59)]),
         ([COSINE], {True: 5, False: 9}, []),
+        ([dict(DROPS, step_size=30)], {True: 10}, [dict(DROPS, step_size=3, end=10)]),
+        ([dict(RESTARTS, periods=[40, 50])], {True: 19}, [dict(RESTARTS, periods=[4, 5], end=19)]),
+        ([dict(CYCLE, total_steps=100)], {True: 7}, [dict(CYCLE, total_steps=7, end=7)]),
+        ([CYCLE], {True: 7}, [dict(CYCLE, end=7)]),
         # a decay, not a warm-up
         ([dict(WARM_UP, start_factor=1.0, end_factor=0.1)], {False: 50},
          [dict(WARM_UP, start_factor=1.0, end_factor=0.1, end=50)]),
@@ -163,3 +171,17 @@ def test_a_rate_that_follows_a_metric_is_resumed(tmp_path):
     resumed.train()
     rates = [each.optim_wrapper.get_lr()['lr'][0] for each in (whole, resumed)]
     assert rates[0] == rates[1] < 0.1
+
+
+def test_an_optimizer_of_no_such_name(tmp_path):
+    runner = build_runner(tmp_path, optim_wrapper=dict(optimizer=dict(type='AdamWW', lr=0.1)))
+    with pytest.raises(TrainingError, match="no optimizer is called 'AdamWW'"):
+        runner.train()
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_fewer_samples_than_a_batch(by_epoch, tmp_path):
+    runner = build_runner(tmp_path, by_epoch=by_epoch)
+    runner._train_dataloader.update(batch_size=64, drop_last=True)
+    with pytest.raises(TrainingError, match='no batch: 10 samples, batch_size=64, drop_last=True'):
+        runner.train()

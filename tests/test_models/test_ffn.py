@@ -48,6 +48,16 @@ def test_bands_change_nothing(deploy, size, band_elements, monkeypatch):
         assert max(rows) < size[0]
 
 
+def test_biases_of_any_stride():
+    ffn = ffn_for_inference(True)
+    ffn.fc1.bias.data = torch.randn(16)[::2]
+    ffn.fc2.bias.data = torch.ones(1).expand(4)
+    ffn.pos_encoding.reparam.bias.data = torch.randn(16)[::2]
+    x = torch.randn(2, 7, 5, 4)
+    with torch.no_grad():
+        assert_close(ffn(x), layer_by_layer(ffn, x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('deploy', [True, False])
 def test_operations_are_counted_and_traced_one_by_one(deploy):
     ffn, x = ffn_for_inference(deploy), torch.randn(1, 8, 8, 4)

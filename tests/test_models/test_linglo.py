@@ -106,6 +106,15 @@ def test_training_form_is_not_switched():
         tiny().switch_to_deploy()
 
 
+def test_all_encodings_are_switched_or_none():
+    model = tiny().eval()
+    model.stages[-1].blocks[-1].ffn.pos_encoding.branches[0].conv.register_forward_hook(print)
+    names = list(model.state_dict())
+    with pytest.raises(TypeError, match='a hook or another forward'):
+        model.switch_to_deploy()
+    assert list(model.state_dict()) == names
+
+
 def test_a_wrong_fusion_is_caught():
     """The comparison of test_variants.py fails when one branch's bias is lost."""
     model = randomize_norms_(tiny()).double().eval()

@@ -119,6 +119,8 @@ def test_without_the_option_padding_changes_the_features():
         ([(64, 64)], r'each image in a batch of shape \(2, 3, 64, 96\)'),
         ([(64, 64), (64, 97)], r'got \[\(64, 64\), \(64, 97\)\]'),
         ([(64, 64), (0, 96)], r'got \[\(64, 64\), \(0, 96\)\]'),
+        ([64, 96], r'each image .*, got \[64, 96\]'),
+        ([(64, 96, 3)] * 2, r'each image .*, got \[\(64, 96, 3\), '),
     ],
 )
 def test_wrong_sizes(sizes, message):

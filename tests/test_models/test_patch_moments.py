@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from mmlinglo.models.fast import autocorrelation
@@ -83,3 +84,19 @@ def test_chunks_of_images_change_nothing(monkeypatch):
 def test_second_derivatives():
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(patch_moments, x)
+
+
+def test_batched_gradients():
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    one_by_one, batched = (
+        torch.autograd.functional.jacobian(patch_moments, x, vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    assert_close(batched, one_by_one, rtol=1e-11, atol=1e-11)
+
+
+def test_tensors_without_data_leave_nothing_behind():
+    x = torch.randn(2, 3, 23, 29, dtype=torch.float64)  # a size of this test alone
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        patch_moments(mode.from_tensor(x))
+    assert_close(patch_moments(x), reference(x), rtol=1e-11, atol=1e-11)

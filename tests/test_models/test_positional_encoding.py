@@ -47,6 +47,36 @@ def test_matches_the_paper(num_branches, skip, training, size):
         assert_close(encoding(x).detach(), expected, rtol=1e-10, atol=1e-10)
 
 
+def train_once(encoding, x, head):
+    encoding, x = copy.deepcopy(encoding), x.clone().requires_grad_()
+    out = encoding(x)
+    gradients = torch.autograd.grad((out * head).sum(), [x, *encoding.parameters()])
+    return out.detach(), gradients, encoding.state_dict()
+
+
+@pytest.mark.parametrize('amplitude', [1, 100])
+def test_kernels_that_cancel_what_they_read(amplitude):
+    """Second differences of a smooth map: their variance is a millionth of its terms."""
+    encoding = ConditionalPositionalEncoding(2).train()
+    for branch in encoding.branches:
+        branch.conv.weight.data[:] = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    ramp = torch.linspace(-3, 3, 100)
+    x = amplitude * torch.exp(-ramp.square() - ramp.square().unsqueeze(1)).repeat(1, 2, 1, 1)
+    head = torch.randn_like(x)
+    with literal():
+        exact = train_once(copy.deepcopy(encoding).double(), x.double(), head.double())
+    assert relative_difference(train_once(encoding, x, head), exact) < 1e-3
+
+
+def relative_difference(found, expected):
+    """The largest, each tensor's by its largest entry."""
+    if isinstance(expected, torch.Tensor):
+        return ((found - expected).abs().max() / expected.abs().max()).item()
+    if isinstance(expected, dict):
+        found, expected = found.values(), expected.values()
+    return max(map(relative_difference, found, expected))
+
+
 def test_a_single_value_per_channel_is_refused():
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         ConditionalPositionalEncoding(4).train()(torch.randn(1, 4, 1, 1))
@@ -57,12 +87,12 @@ def count_call(calls, function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
-def synchronized_worker(rank, port, sizes, out):
-    """Ranks 0 and 1 are a group, rank 2 is alone."""
+def synchronized_worker(rank, port, shapes, out):
+    """Ranks 0, 1 and 3 are a group, rank 2 is alone."""
     torch.distributed.init_process_group(
-        'gloo', init_method=f'tcp://127.0.0.1:{port}', world_size=3, rank=rank
+        'gloo', init_method=f'tcp://127.0.0.1:{port}', world_size=4, rank=rank
     )
-    group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 1], [2]])
+    group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 1, 3], [2]])
     exchanges = []
     for name in ('all_gather_into_tensor', 'all_reduce'):
         exchange = partial(count_call, exchanges, getattr(torch.distributed, name))
@@ -70,7 +100,7 @@ def synchronized_worker(rank, port, sizes, out):
     torch.manual_seed(0)
     encoding = random_encoding().train()
     encoding = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoding, group)
-    images = [torch.randn(2, 6, *size, dtype=torch.float64) + i for i, size in enumerate(sizes)]
+    images = [torch.randn(shape, dtype=torch.float64) + i for i, shape in enumerate(shapes)]
     heads = [torch.randn_like(image) for image in images]
     x = images[rank].requires_grad_()
     y = encoding(x)
@@ -87,32 +117,35 @@ def synchronized_worker(rank, port, sizes, out):
 
 @pytest.fixture(scope='module')
 def synchronized(tmp_path_factory):
-    """Results of three real processes with maps of different sizes."""
+    """Results of four real processes with maps of different sizes, a single position among them."""
     out = str(tmp_path_factory.mktemp('synchronized'))
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    sizes = [(5, 4), (3, 6), (4, 4)]
-    torch.multiprocessing.spawn(synchronized_worker, (port, sizes, out), nprocs=3)
-    return sizes, [torch.load(f'{out}/{rank}.pt') for rank in range(3)]
+    shapes = [(2, 6, 5, 4), (2, 6, 3, 6), (2, 6, 4, 4), (1, 6, 1, 1)]
+    torch.multiprocessing.spawn(synchronized_worker, (port, shapes, out), nprocs=4)
+    return shapes, [torch.load(f'{out}/{rank}.pt') for rank in range(4)]
 
 
-@pytest.mark.parametrize('group', [[0, 1], [2]])
+@pytest.mark.parametrize('group', [[0, 1, 3], [2]])
 def test_synchronized_statistics_are_those_of_a_group(group, synchronized):
     """Against batch norm over all values of the group at once."""
-    sizes, results = synchronized
+    shapes, results = synchronized
     torch.manual_seed(0)
     encoding = random_encoding().train()
-    images = [torch.randn(2, 6, *size, dtype=torch.float64) + i for i, size in enumerate(sizes)]
+    images = [torch.randn(shape, dtype=torch.float64) + i for i, shape in enumerate(shapes)]
     heads = [torch.randn_like(image) for image in images]
     images, heads = ([tensors[rank] for rank in group] for tensors in (images, heads))
     images = [image.requires_grad_() for image in images]
     outs = list(images)
     for branch in encoding.branches:
-        maps = [branch.conv(image).flatten(2) for image in images]  # (2, 6, positions)
-        normed = branch.bn(torch.cat(maps, dim=2).unsqueeze(-1)).squeeze(-1)
-        parts = normed.split([m.shape[2] for m in maps], dim=2)
-        outs = [out + part.view_as(out) for out, part in zip(outs, parts)]
+        maps = [branch.conv(image).transpose(0, 1).flatten(1).t() for image in images]
+        parts = branch.bn(torch.cat(maps)[..., None, None]).split([len(m) for m in maps])
+        shares = [
+            part.view(len(out), *out.shape[2:], 6).permute(0, 3, 1, 2)
+            for part, out in zip(parts, outs)
+        ]
+        outs = [out + share for out, share in zip(outs, shares)]
     sum((out * head).sum() for out, head in zip(outs, heads)).backward()
     gradients = {name: p.grad for name, p in encoding.named_parameters()}
     for out, image, rank in zip(outs, images, group):
@@ -178,6 +211,21 @@ def test_fusion_is_in_float64():
     assert encoding.reparam.weight.dtype == torch.float32
     assert torch.equal(encoding.reparam.weight, exact.reparam.weight.float())
     assert torch.equal(encoding.reparam.bias, exact.reparam.bias.float())
+
+
+def test_a_half_precision_kernel_is_rounded_once():
+    encoding = random_encoding(channels=64).half().eval()
+    kernel, bias = encoding.kernel_and_bias(torch.randn(1, 64, 3, 3).half())
+    exact = encoding.fused_kernel_and_bias()
+    assert kernel.dtype == bias.dtype == torch.float16
+    assert_close((kernel.double(), bias.double()), exact, rtol=5e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('trained', [True, False])
+def test_what_is_frozen_stays_so(trained):
+    encoding = random_encoding().eval().requires_grad_(trained)
+    encoding.switch_to_deploy()
+    assert [p.requires_grad for p in encoding.parameters()] == [trained] * 2
 
 
 def test_switch_is_idempotent_and_refuses_training_mode():

@@ -45,12 +45,12 @@ def build(name, **kwargs):
     return model
 
 
-def run(model, images, literal=False):
+def run(model, images, literal=False, compiled=False):
     """Maps, gradients of all parameters and the state after a training step."""
     model = copy.deepcopy(model)
     torch.manual_seed(1)  # of the stochastic depth
     with mmlinglo.literal() if literal else nullcontext():
-        outs = model(images)
+        outs = (torch.compile(model, backend='aot_eager') if compiled else model)(images)
     sum((out * torch.randn_like(out)).sum() for out in outs).backward()
     return outs, {name: p.grad for name, p in model.named_parameters()}, model.state_dict()
 
@@ -70,6 +70,21 @@ def test_training(name, options):
     # As mistaken as rounding in batch norms of the four positions of the last stage.
     assert_close(run(model, images, literal=True), (outs, gradients, state), rtol=1e-7, atol=1e-7)
     assert_close(run(checkpointed, images), (outs, gradients, state))
+
+
+@pytest.mark.parametrize('norm', ['BN', 'IN'])
+@pytest.mark.parametrize('way', ['eager', 'compiled', 'literal'])
+def test_checkpointing(norm, way):
+    """Also of a forward pass that was compiled, or literal with a backward pass that is not."""
+    norm_cfg = dict(type=norm, affine=True, track_running_stats=True)
+    model, checkpointed = (
+        build('default', norm_cfg=norm_cfg, with_cp=with_cp).train() for with_cp in (False, True)
+    )
+    checkpointed.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    expected = run(model, images)
+    found = run(checkpointed, images, way == 'literal', way == 'compiled')
+    assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @each_variant

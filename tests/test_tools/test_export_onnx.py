@@ -148,6 +148,23 @@ def test_a_wrong_file_is_refused(classifier, main, tmp_path, monkeypatch):
     assert not list(out.parent.iterdir())
 
 
+@needs_exporter
+@pytest.mark.slow
+def test_nan_at_any_size_is_refused(classifier, main, tmp_path, monkeypatch):
+    config, checkpoint, _ = classifier
+    run_onnx = main.tool.export.run_onnx
+
+    def nan_at_the_second_size(file, images):
+        maps = run_onnx(file, images)
+        return [*maps[:-1], maps[-1] * torch.nan] if len(images) == 1 else maps
+
+    monkeypatch.setattr(main.tool.export, 'run_onnx', nan_at_the_second_size)
+    out = tmp_path / 'onnx/classifier.onnx'
+    with pytest.raises(main.tool.CheckpointError, match=r'by nan of .* nothing was written'):
+        main(config, checkpoint, '--out', out, '--shape', 64, 96, '--dynamic')
+    assert not list(out.parent.iterdir())
+
+
 @pytest.mark.parametrize(
     ('args', 'message'),
     [

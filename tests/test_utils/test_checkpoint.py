@@ -1,5 +1,6 @@
 # Copyright (c) mmlinglo contributors. Licensed under Apache-2.0.
 import hashlib
+import re
 from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -103,6 +104,43 @@ def test_deployed_weights_are_recognised(tmp_path):
     with pytest.raises(CheckpointError, match='build the model with deploy=True'):
         pretrained(tmp_path / 'deployed.pth').init_weights()
     pretrained(tmp_path / 'deployed.pth', deploy=True).init_weights()
+    torch.save(classifier_weights(source_backbone()), tmp_path / 'training.pth')
+    with pytest.raises(CheckpointError, match=r'convert the file with reparameterize_model\.py'):
+        pretrained(tmp_path / 'training.pth', deploy=True).init_weights()
+    for content in ({}, {'backbone.conv1.weight': torch.rand(3)}):
+        torch.save(content, tmp_path / 'other.pth')
+        for deploy in (False, True):
+            with pytest.raises(CheckpointError, match=r'missing: .* and \d+ more$'):
+                pretrained(tmp_path / 'other.pth', deploy=deploy).init_weights()
+
+
+@pytest.mark.parametrize(
+    ('source', 'own', 'named'),
+    [
+        (dict(arch={**TINY_ARCH, 'depths': (2, 2, 1, 1)}), dict(), r'stages\.0\.blocks\.1\.'),
+        (dict(), dict(pos_encoding='R-CPE'), r'pos_encoding\.branches\.1\.conv'),
+        (dict(), dict(qkv_bias=False), r'attn\.key\.bias'),
+    ],
+    ids=['deeper', 'pos_encoding', 'qkv_bias'],
+)
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_a_part_of_another_network_is_an_error(tmp_path, source, own, named, prefix):
+    weights = LinGlo(**{'arch': TINY_ARCH, **source}).state_dict()
+    torch.save({prefix + key: value for key, value in weights.items()}, tmp_path / 'other.pth')
+    model = pretrained(tmp_path / 'other.pth', **own)
+    with pytest.raises(CheckpointError, match=rf'tensors unexpected: .*{named}.* arch, pos_enc'):
+        model.init_weights()
+
+
+@pytest.mark.parametrize(
+    'init_cfg',
+    ['a.pth', 5, {}, ['a.pth'], dict(checkpoint='a.pth'), dict(type='Pretrained'),
+     dict(type=PretrainedInit, checkpoint=None)],
+    ids=str,
+)  # fmt: skip
+def test_what_no_init_cfg_can_be(init_cfg):
+    with pytest.raises(TypeError, match=rf'must be None, a dict.* got {re.escape(repr(init_cfg))}'):
+        LinGlo(arch=TINY_ARCH, init_cfg=init_cfg)
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
@@ -135,10 +173,12 @@ def test_what_a_runner_writes_can_be_read(tmp_path):
     assert loaded['message_hub']['loss'].current() == 0.5
 
 
-@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'PK\x03\x04 cut off'])
+@pytest.mark.parametrize(
+    'content', [b'', b'no checkpoint', b'PK\x03\x04 cut off', b'hello', b'version https://git-lfs']
+)
 def test_a_damaged_file_is_an_error(tmp_path, content):
     (tmp_path / 'damaged.pth').write_bytes(content)
-    with pytest.raises(CheckpointError, match=r'damaged\.pth'):
+    with pytest.raises(CheckpointError, match=r'damaged\.pth. is damaged or not a .*: [a-zA-Z]{4}'):
         load_checkpoint_file(str(tmp_path / 'damaged.pth'))
 
 
@@ -244,6 +284,26 @@ def test_another_prefix_is_named(tmp_path):
     model.init_weights()
     key = 'norm3.weight'
     assert torch.equal(model.state_dict()[key], weights[f'net.encoder.{key}'])
+
+
+@pytest.mark.parametrize(
+    ('names', 'there'),
+    [
+        ('', "''"),
+        ('student.backbone.', r"'student\.backbone\.'"),
+        ('layer1.', r"'head\.', 'layer1\.'"),
+    ],
+)
+def test_a_prefix_that_the_file_has_not(tmp_path, names, there):
+    weights = classifier_weights(source_backbone(), prefix=names)
+    if names == 'layer1.':
+        weights = {key.replace('patch_embed', 'stem'): value for key, value in weights.items()}
+    torch.save(weights, tmp_path / 'cls.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'cls.pth'), prefix='teacher')
+    with pytest.raises(
+        CheckpointError, match=rf"no tensors with the prefix 'teacher\.'.* {there}$"
+    ):
+        LinGlo(arch=TINY_ARCH, init_cfg=init_cfg).init_weights()
 
 
 @pytest.mark.parametrize('odd', ['meta', 'sparse'])

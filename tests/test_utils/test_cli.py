@@ -2,17 +2,23 @@
 """Mistakes in arguments and configs, in this process; test_bad_input.py has the command lines."""
 
 import argparse
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, MODELS
 
 from mmlinglo.engine import TrainingError
 from mmlinglo.utils import CheckpointError, cli
 from mmlinglo.utils.cli import UsageError, load_config, run, runner_parser
+from mmlinglo.utils.files import complete_file
 
 CONFIG = str(ROOT / 'configs/quickstart/linglo-b0_2xb16-8e_shapes.py')
 
@@ -42,12 +48,53 @@ def test_an_unknown_type_is_a_mistake():
         run(lambda: MODELS.build(dict(type='NoSuchModel')))
 
 
-def test_what_a_data_set_says_of_its_files_is_a_mistake(tmp_path):
+def test_a_data_set_that_does_not_fit_its_files(tmp_path):
     (tmp_path / 'cat').mkdir()
     (tmp_path / 'cat' / 'a.png').touch()
     dataset = dict(type='CustomDataset', data_root=str(tmp_path), metainfo=dict(classes=('a', 'b')))
-    with pytest.raises(SystemExit, match=r'^error: The number of subfolders \(1\)'):
+    with pytest.raises(SystemExit, match=r'^error: .* cannot be loaded \(.*of subfolders \(1\)'):
         run(lambda: DATASETS.build(dict(dataset, _scope_='mmpretrain')))
+
+
+@pytest.mark.parametrize(
+    ('text', 'reason'), [('', 'JSONDecodeError'), ('[]', 'AssertionError'), ('{}', 'KeyError')]
+)
+def test_a_broken_annotation_file(text, reason, tmp_path):
+    path = tmp_path / 'train.json'
+    path.write_text(text)
+    dataset = dict(type='CocoDataset', ann_file=str(path), _scope_='mmdet')
+    with pytest.raises(SystemExit, match=f"^error: '{path}' cannot be loaded .{reason}: "):
+        run(lambda: DATASETS.build(dataset))
+
+
+def test_errors_in_a_data_set_of_ones_own_keep_their_traceback():
+    class Mine(BaseDataset):
+        def load_data_list(self):
+            return 1 // 0
+
+    with pytest.raises(ZeroDivisionError):
+        run(Mine)
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
+    for path in (tmp_path / 'file/below', tmp_path):
+        with pytest.raises(SystemExit, match=f"^error: '{path}': "):
+            run(lambda path=path: complete_file(path).__enter__())
+
+
+def test_an_interruption_has_no_traceback(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: signal.raise_signal(signal.SIGINT))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
+def test_output_that_nobody_reads_to_its_end():
+    code = 'from mmlinglo.utils.cli import run\nrun(lambda: print("line\\n" * 10**5))'
+    command = f'{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1'
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ('line\n', '')
 
 
 @pytest.mark.parametrize(
@@ -190,8 +237,22 @@ def test_work_dir(load_runner_config):
     assert given.cfg.work_dir == 'given'
 
 
+@pytest.mark.parametrize('options', [['x', '=', '2'], ['=2'], ['x']])
+def test_settings_without_a_key_or_a_value(options, capsys):
+    with pytest.raises(SystemExit):
+        runner_parser('').parse_args([CONFIG, '--cfg-options', *options])
+    assert f'must be key=value, without spaces, got {options[0]!r}' in capsys.readouterr().err
+
+
+def test_torchrun_is_missing(load_runner_config, monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    with pytest.raises(UsageError, match=r'torchrun has started: use tools/dist_train\.sh'):
+        load_runner_config('--launcher', 'pytorch')
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='of machines without GPUs')
-def test_launchers_without_gpus(load_runner_config):
+def test_launchers_without_gpus(load_runner_config, monkeypatch):
+    monkeypatch.setenv('RANK', '0')
     found = load_runner_config('--launcher', 'pytorch')
     assert found.prepared == [found.cfg]
     assert found.cfg.launcher == 'pytorch'
@@ -204,6 +265,7 @@ def test_more_processes_than_gpus(load_runner_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '0')
     with pytest.raises(UsageError, match='2 processes on a machine with 1 GPUs'):
         load_runner_config('--launcher', 'pytorch')
 

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 import warnings
 
 import onnx
@@ -172,6 +173,9 @@ def test_relative_error():
     assert relative_error(outputs, expected) == 0.5 / 4
     with pytest.raises(ValueError, match=r'\[\(2,\)\], expected \[\(2,\), \(1, 1\)\]'):
         relative_error(outputs[:1], expected)
+    broken = torch.tensor([[torch.nan]])
+    assert math.isnan(relative_error([outputs[0], broken], expected))
+    assert math.isnan(relative_error([broken, outputs[0]], expected[::-1]))
 
 
 @pytest.mark.parametrize(

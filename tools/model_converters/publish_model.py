@@ -21,7 +21,7 @@ from torch import Tensor
 import mmlinglo
 from mmlinglo.checkpoint import check_finite, find_state_dict, import_optional
 from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
-from mmlinglo.utils.cli import UsageError, add_trust_argument, load_config, run
+from mmlinglo.utils.cli import UsageError, add_trust_argument, key_value, load_config, run
 from mmlinglo.utils.deploy import build_model
 from mmlinglo.utils.files import complete_file
 
@@ -34,7 +34,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     add('out', help=text)
     add('--config', help="check that the weights fit this config's model, and store its text")
     text = 'override settings of --config, such as model.backbone.deploy=True'
-    add('--cfg-options', nargs='+', action=DictAction, help=text)
+    add('--cfg-options', nargs='+', type=key_value, action=DictAction, help=text)
     add('--safetensors', action='store_true', help='write safetensors, which other tools read too')
     add_trust_argument(parser)
     return parser.parse_args(argv)

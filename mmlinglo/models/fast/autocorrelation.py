@@ -23,11 +23,11 @@ def autocorrelation(x: Tensor, centre: Tensor) -> Tensor:
     Returns:
         (C, 5, 5) for d from (-2, -2) to (2, 2), in the dtype of ``centre``.
     """
-    if x.device.type == 'cpu' and len(x):
-        images = max(1, CHUNK_ELEMENTS * len(x) // x.numel())
-        sums = [_autocorrelate(chunk - centre) for chunk in x.split(images)]
-        return sum(sums[1:], start=sums[0])
-    return _autocorrelate(x - centre)
+    images = len(x)
+    if x.device.type == 'cpu' and images:
+        images = CHUNK_ELEMENTS * images // x.numel()
+    first, *others = (_autocorrelate(chunk - centre) for chunk in x.split(max(images, 1)))
+    return sum(others, start=first)
 
 
 def _autocorrelate(x: Tensor) -> Tensor:

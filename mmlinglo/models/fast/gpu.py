@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .precision import autocast_off
-from .synchronize import Group, gather_moments, is_alone, share_gradients
+from .synchronize import Group, gather_moments, share_gradients
 
 SLOTS = 54
 """Sums of x - centre and of its products, for each channel.
@@ -326,14 +326,13 @@ def encode(
         eps: Of all batch norms.
         parameters: float32; the kernels (C, 1, 3, 3) of the branches, then the weights (C,) of
             their norms, then the biases (C,).
-        group: The processes of synchronized norms, None for all; empty for other norms.
+        group: The processes of synchronized norms, None for all; empty if there are no others.
 
     Returns:
         Output (B, C, H, W), and (2, branches, C) without gradient: means and unbiased variances.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    group = [each for each in group if not is_alone(each)]
     return _Encode.apply(x, *parameters, skip, eps, group)
 
 
@@ -348,11 +347,12 @@ class _Encode(torch.autograd.Function):
         with autocast_off(x):
             params = torch.cat([p.reshape(channels, -1) for p in parameters], dim=1)
             mean, covariance = own_mean, own_covariance = patch_moments(x)
-            unbias = n / (n - 1)
-            shared = []
+            unbias, shared = 1.0, []
             if group:  # the number of all patches is on the GPU
                 mean, covariance, total = gather_moments(own_mean, own_covariance, n, group[0])
-                shared, unbias = [own_mean, n / total], 1.0
+                shared = [own_mean, n / total]
+            else:
+                unbias = n / (n - 1)
             kernel, bias, statistics = fuse(params, mean, covariance, eps, unbias, skip, x.dtype)
             if group:
                 statistics[1] *= total / (total - 1)

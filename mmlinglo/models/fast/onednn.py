@@ -34,12 +34,16 @@ def is_usable(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """Linear layer, (..., C) to (..., C')."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return torch.ops.mkldnn._linear_pointwise(x, weight, _contiguous(bias), 'none', [], '')
 
 
 def depthwise_conv_gelu(x: Tensor, kernel: Tensor, bias: Optional[Tensor]) -> Tensor:
     """GELU of a depth-wise convolution of (B, C, H, W) by kernels (C, 1, 3, 3), same size out."""
     padding = [kernel.shape[-1] // 2] * 2
     return torch.ops.mkldnn._convolution_pointwise(
-        x, kernel, bias, padding, [1, 1], [1, 1], len(kernel), 'gelu', [], 'none'
+        x, kernel, _contiguous(bias), padding, [1, 1], [1, 1], len(kernel), 'gelu', [], 'none'
     )
+
+
+def _contiguous(bias: Optional[Tensor]) -> Optional[Tensor]:
+    return None if bias is None else bias.contiguous()  # these operators ignore its stride

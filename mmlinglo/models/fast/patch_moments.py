@@ -23,7 +23,7 @@ known from the geometry.
 
 from functools import lru_cache
 from itertools import product
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,8 @@ def _moments(x: Tensor, centre: Tensor, correlation: Tensor) -> Tuple[Tensor, Te
     height, width = x.shape[1:3]
     n = x.numel() // x.shape[3]
     assembly, overlap_mean, overlap_pair = _keep_like(centre, _TABLES)
-    inside = _keep_like(centre, _inside_moments(height, width), height, width)
-    inside_mean, inside_covariance = inside
+    known = [torch.tensor(each, dtype=torch.float64) for each in _inside_moments(height, width)]
+    inside_mean, inside_covariance = _keep_like(centre, known, height, width)
     second = _products(x, centre, correlation) @ assembly / n
 
     # First moments of x - centre where a shifted map overlaps the map, see _overlap.
@@ -149,16 +149,20 @@ def _lines(overlap: int) -> slice:
 
 
 @lru_cache(maxsize=64)
-def _inside_moments(height: int, width: int) -> Tuple[Tensor, Tensor]:
-    """Mean (9,) and covariance (9, 9) of the patches of a map that is 1 inside."""
+def _inside_moments(height: int, width: int) -> Tuple[List[float], List[List[float]]]:
+    """Mean (9,) and covariance (9, 9) of the patches of a map that is 1 inside.
+
+    Not as tensors: those that a tensor subclass makes are not for others.
+    """
 
     def share(k: Tuple[int, int], j: Tuple[int, int]) -> float:
         left_out = [abs(_overlap(a, b)) for a, b in zip(k, j)]
         return max(height - left_out[0], 0) * max(width - left_out[1], 0) / (height * width)
 
-    mean = torch.tensor([share(k, (0, 0)) for k in OFFSETS], dtype=torch.float64)
-    second = [share(k, j) for k, j in product(OFFSETS, OFFSETS)]
-    return mean, torch.tensor(second, dtype=torch.float64).view(9, 9) - mean.outer(mean)
+    mean = [share(k, (0, 0)) for k in OFFSETS]
+    return mean, [
+        [share(k, j) - m * n for j, n in zip(OFFSETS, mean)] for k, m in zip(OFFSETS, mean)
+    ]
 
 
 def _moments_gradient(
@@ -171,7 +175,7 @@ def _moments_gradient(
     both = grad_covariance + grad_covariance.transpose(1, 2)
     shift = (grad_mean - (both @ mean.unsqueeze(-1)).squeeze(-1)).view(-1, 3, 3) / n
     assembly, *_ = _keep_like(mean, _TABLES)
-    grad = grad_covariance.flatten(1) @ assembly.t() / n
+    grad = grad_covariance.reshape(channels, 81) @ assembly.t() / n  # vmap has no flatten()
     lags, border, corners = grad.split([25, 20, 4], dim=1)
     border, corners = border.view(-1, 2, 2, 5), 2 * corners.view(-1, 2, 2)
 

@@ -11,9 +11,9 @@ from .. import network
 from ..arguments import check_integer
 from . import gpu
 from .patch_moments import patch_moments
-from .precision import autocast_off
+from .precision import autocast_off, full_precision
 from .seam import Rewriting
-from .synchronize import synchronize_moments
+from .synchronize import is_alone, synchronize_moments
 
 
 class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEncoding, plain=True):
@@ -28,6 +28,10 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
     so that no branch's output is computed or kept for the backward pass. With running statistics
     nothing is left to compute but the kernel, and :meth:`switch_to_deploy` fixes that for good
     (RepVGG, Diverse Branch Block). Synchronized batch norms exchange the branches' statistics.
+
+    Where a kernel cancels nearly all that it reads, such as a Laplacian on a smooth map, so would
+    w_i^T S w_i, and the definition runs. A GPU would have to wait for that question: it is not
+    asked there.
 
     Args:
         channels: Channels C of the input and the output.
@@ -74,14 +78,19 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
     def rewrite(self, x: Tensor) -> Optional[Tensor]:
         if not self.is_linear:
             return None
+        statistics = None
         if self.uses_batch_statistics:
             # Dynamo cannot trace the moments once sizes are symbolic, and of a single value, batch
             # norm refuses to take statistics, with an error of its own.
-            if torch.compiler.is_compiling() or x.numel() == x.shape[1]:
+            single = x.numel() == x.shape[1] and not self._synchronizes
+            if torch.compiler.is_compiling() or single:
                 return None
             if gpu.is_usable(x) and all(p.dtype == torch.float32 for p in self.parameters()):
                 return self._encode_on_gpu(x)
-        kernel, bias = self.kernel_and_bias(x)
+            statistics = self._batch_statistics(x)
+            if statistics is None:
+                return None
+        kernel, bias = self.kernel_and_bias(x, statistics)
         return F.conv2d(x, kernel, bias, padding=1, groups=kernel.shape[0])
 
     @property
@@ -104,23 +113,32 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Whether :meth:`kernel_and_bias` depends on the values of ``x``."""
+        """Whether the output for one map depends on the others."""
         return not self.deploy and _uses_batch(self.branches[0][1])
+
+    @property
+    def _synchronizes(self) -> bool:
+        norm = self.branches[0][1]
+        return isinstance(norm, nn.SyncBatchNorm) and not is_alone(norm.process_group)
 
     def _encode_on_gpu(self, x: Tensor) -> Tensor:
         convs, norms = zip(*self.branches)
         parameters = [conv.weight for conv in convs]
         parameters += [norm.weight for norm in norms] + [norm.bias for norm in norms]
-        group = [norms[0].process_group] if isinstance(norms[0], nn.SyncBatchNorm) else []
+        group = [norms[0].process_group] if self._synchronizes else []
         out, statistics = gpu.encode(x, self.skip, norms[0].eps, parameters, group)
         update_running_statistics(norms, *statistics)
         return out
 
-    def kernel_and_bias(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """Kernel and bias that do the work of all branches on ``x``; running statistics are updated.
+    def kernel_and_bias(
+        self, x: Tensor, statistics: Optional[Tuple[Tensor, Tensor]] = None
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Kernel and bias that do the work of all branches on ``x``.
 
         Args:
             x: Feature map, (B, C, H, W).
+            statistics: Mean and variance (branches, C) of the branches' outputs; None for the
+                running ones.
 
         Returns:
             Kernel (C, 1, 3, 3) and bias (C,), differentiable.
@@ -130,12 +148,11 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
         convs, norms = zip(*self.branches)
         with autocast_off(x):
             # shaped (branches, C, 9); the statistics, scales and biases (branches, C)
-            kernels = torch.stack([conv.weight.flatten(1) for conv in convs])
-            if self.uses_batch_statistics:
-                mean, var = self._batch_statistics(x, kernels)
-            else:
-                mean = torch.stack([norm.running_mean for norm in norms])
-                var = torch.stack([norm.running_var for norm in norms])
+            kernels = full_precision(torch.stack([conv.weight.flatten(1) for conv in convs]))
+            mean, var = statistics or (
+                full_precision(torch.stack([getattr(norm, name) for norm in norms]))
+                for name in ('running_mean', 'running_var')
+            )
             scale = (var + norms[0].eps).rsqrt() * torch.stack([norm.weight for norm in norms])
             kernel = (scale.unsqueeze(-1) * kernels).sum(0)
             # Not by stack and sum: the gradients of the biases would be one piece of memory.
@@ -144,17 +161,25 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
                 kernel = kernel + F.pad(kernel.new_ones(1), (4, 4))
             return kernel.view(-1, 1, 3, 3).to(x.dtype), bias.to(x.dtype)
 
-    def _batch_statistics(self, x: Tensor, kernels: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean and variance (branches, C) of the branches' outputs; running ones are updated."""
-        _, norms = zip(*self.branches)
+    def _batch_statistics(self, x: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
+        """Mean and variance (branches, C) of the branches' outputs; running ones are updated.
+
+        None if rounding errors would show in a variance.
+        """
+        convs, norms = zip(*self.branches)
         moments: Tuple[Tensor, Tensor, Any] = (*patch_moments(x), x.numel() // x.shape[1])
-        if isinstance(norms[0], nn.SyncBatchNorm):
+        if self._synchronizes:
             moments = synchronize_moments(*moments, norms[0].process_group)
         patch_mean, patch_covariance, count = moments
-        kernels = kernels.to(patch_mean)
-        mean = (kernels * patch_mean).sum(-1)
-        var = ((kernels.transpose(0, 1) @ patch_covariance).transpose(0, 1) * kernels).sum(-1)
-        var = var.clamp(min=0)
+        with autocast_off(x):
+            kernels = torch.stack([conv.weight.flatten(1) for conv in convs]).to(patch_mean)
+            mean = (kernels * patch_mean).sum(-1)
+            var = _quadratic_form(kernels, patch_covariance)
+            if _has_values(x):
+                terms = _quadratic_form(kernels.detach().abs(), patch_covariance.detach().abs())
+                if (var + norms[0].eps < 1e3 * torch.finfo(var.dtype).eps * terms).any():
+                    return None
+            var = var.clamp(min=0)
         update_running_statistics(norms, mean.detach(), var.detach() * (count / (count - 1)))
         return mean, var
 
@@ -181,7 +206,7 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
             reparam = nn.Conv2d(channels, channels, 3, padding=1, groups=channels).to(like)
             reparam.weight.copy_(kernel)
             reparam.bias.copy_(bias)
-        self.reparam = reparam.eval()
+        self.reparam = reparam.eval().requires_grad_(like.requires_grad)
         del self.branches
         self.deploy = True
 
@@ -208,6 +233,16 @@ def _is_depthwise(conv: nn.Module) -> bool:
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
     expected = ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
     return geometry == expected and conv.groups == conv.in_channels == conv.out_channels
+
+
+def _quadratic_form(kernels: Tensor, matrix: Tensor) -> Tensor:
+    """w^T S w of kernels (branches, C, 9) and (C, 9, 9), (branches, C)."""
+    return ((kernels.transpose(0, 1) @ matrix).transpose(0, 1) * kernels).sum(-1)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether a value can be asked for, without waiting for a GPU."""
+    return x.device.type == 'cpu' and getattr(x, 'fake_mode', None) is None
 
 
 def _uses_batch(norm: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 """The one place where it is decided whether a layer runs as the paper writes it or rewritten."""
 
 from contextlib import contextmanager
-from typing import Iterator, Optional, Tuple, Type
+from typing import ContextManager, Iterator, Optional, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,24 @@ PLAIN_LAYERS = [  # a list, since torch.compile of torch 2.5 knows no sets
 ]
 
 
-@contextmanager
-def literal() -> Iterator[None]:
+def literal() -> ContextManager[None]:
     """Run all layers as the paper writes them: ``with mmlinglo.literal(): model(x)``.
 
     For debugging, and as the reference of tests and benchmarks. It holds for all threads.
     """
+    return switch(False)
+
+
+def is_switched_on() -> bool:
+    """Whether rewritings may run: outside of :func:`literal`."""
+    return _switched_on
+
+
+@contextmanager
+def switch(on: bool) -> Iterator[None]:
+    """Run rewritings or not, whatever holds outside."""
     global _switched_on
-    before, _switched_on = _switched_on, False
+    before, _switched_on = _switched_on, on
     try:
         yield
     finally:
