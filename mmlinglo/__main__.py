@@ -54,7 +54,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         check_env.main()
     elif command == 'list':
         mmlinglo.require_openmmlab()
-        list_recipes(rest)
+        from mmlinglo.utils.cli import run
+
+        run(lambda: list_recipes(rest))
     elif command in TOOLS:
         mmlinglo.require_openmmlab()
         from mmlinglo.hub import find_root

@@ -7,6 +7,7 @@ Ends with status 1 if something is wrong. Nothing that may be missing or broken 
 is examined. A missing toolbox is not a fault, since each serves one task.
 """
 
+import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -17,7 +18,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 PIP, UNINSTALL = 'python -m pip install', 'python -m pip uninstall -y'
 DISTRIBUTIONS = {  # by import name: the fork's and OpenMMLab's
@@ -240,7 +241,11 @@ def report(env: Environment, problems: List[Problem]) -> str:
     return '\n'.join(text)
 
 
-def main() -> None:
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(argv)
     env = collect()
     problems = find_problems(env)
     print(report(env, problems))  # noqa: T201

@@ -236,7 +236,7 @@ def test_what_is_collected(capsys):
     assert env.operators.endswith('; work on: cpu')
     assert env.details['OpenCV'] == cv2.__version__
     with pytest.raises(SystemExit) as ended:
-        check_env.main()
+        check_env.main([])
     assert not ended.value.code
     assert capsys.readouterr().out.endswith('No problem found.\n')
 

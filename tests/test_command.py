@@ -49,15 +49,22 @@ def test_mistakes_and_help_of_a_tool(capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [])
     with pytest.raises(SystemExit, match=r"error: checkpoint 'missing\.pth' not found"):
         command.main(['publish', 'missing.pth', 'small.pth'])
-    with pytest.raises(SystemExit) as end:
-        command.main(['train', '--help'])
-    assert end.value.code == 0
-    assert capsys.readouterr().out.startswith('usage: mmlinglo train ')
+    for name in ('train', 'check-env'):
+        with pytest.raises(SystemExit) as end:
+            command.main([name, '--help'])
+        assert end.value.code == 0
+        assert capsys.readouterr().out.startswith(f'usage: mmlinglo {name} ')
 
 
 def test_list(capsys):
     assert command.main(['list', 'retinanet_linglo-b1_fpn*']) == 0
     assert 'retinanet_linglo-b1_fpn_1x_coco' in capsys.readouterr().out.split()
+
+
+def test_list_for_a_reader_that_has_enough():
+    line = f'{sys.executable} -m mmlinglo list | true'
+    result = subprocess.run(line, cwd=ROOT, shell=True, stderr=subprocess.PIPE, text=True)
+    assert result.stderr == ''
 
 
 def test_misspelt_command(capsys):

@@ -34,6 +34,7 @@ evaluator-file | error | the evaluator reads another annotation file than the da
 same-data | warning | training and evaluation read the same data | set images aside that training does not see
 no-samples | error | nothing is left to train or evaluate on | correct the findings below, or filter_cfg, or batch_size and drop_last of the data loader
 last-batch | error | a batch of one image at 32 x 32 pixels or less: batch normalization cannot train on a single value | set drop_last=True, another batch_size, or a larger input size
+input-small | error | the images that the network gets in training are smaller than its backbone takes | set a larger input size (img_size, crop_size or scale)
 batch-shapes | error | images of different sizes cannot form one evaluation batch in mmseg | set batch_size=1 in the data loader of the evaluation, or resize all images to one size
 slide-window | error | the sliding window of model.test_cfg is not usable | write two numbers for crop_size and for stride, as in crop_size=(512, 512), stride=(341, 341), and no stride longer than the crop
 slide-small | warning | images are smaller than the sliding window: mmseg does not pad them, so the network sees a size that it was not trained at | resize the images to at least crop_size in the test pipeline, or use test_cfg=dict(mode='whole')

@@ -3,18 +3,18 @@
 
 import os.path as osp
 import re
+from contextlib import suppress
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import load
+from mmengine.registry import MODELS
 
 from mmlinglo.utils.cli import type_name
 
 from .checks import Report
 from .splits import Split, as_list, first_line, size
-
-STRIDE = 32  # of LinGlo's last stage, in pixels
 
 
 def check_variables(
@@ -115,7 +115,7 @@ def is_softmax(loss: dict) -> bool:
 
 def check_loaders(cfg: Config, splits: List[Split]) -> None:
     """Check that each loader yields batches, and that training and evaluation read different files."""
-    is_linglo = type_name((cfg.model.get('backbone') or {}).get('type', '')) == 'LinGlo'
+    min_size = smallest_input(cfg)
     train = [_source(split) for split in splits if split.training]
     for split in splits:
         if not split.training and _source(split) in train:
@@ -133,17 +133,30 @@ def check_loaders(cfg: Config, splits: List[Split]) -> None:
             split.add('no-samples', f'{split.cfg.get("data_root")}: 0 samples')
         elif plain and drop_last and count < batch_size:
             split.add('no-samples', f'{place}, drop_last True')
-        elif split.training and is_linglo and 1 in (batch_size, last):
+        elif split.training and min_size:
             shape = input_size(cfg, split)
-            if shape is not None and max(shape) <= STRIDE:
+            if shape is not None and min(shape) < min_size:
+                split.add('input-small', f'input {size(shape)}, smallest {min_size} x {min_size}')
+            elif shape is not None and max(shape) <= min_size and 1 in (batch_size, last):
                 split.add('last-batch', f'{place}, input {size(shape)}')
+
+
+def smallest_input(cfg: Config) -> int:
+    """Smallest height and width in pixels that a LinGlo backbone takes; 0 for another backbone."""
+    backbone = cfg.model.get('backbone') or {}
+    if type_name(backbone.get('type', '')) == 'LinGlo':
+        with suppress(Exception):  # wrong arguments, which the training names
+            return MODELS.build(backbone).min_size
+    return 0
 
 
 def input_size(cfg: Config, split: Split) -> Optional[Tuple[int, ...]]:
     """Height and width of the network's inputs in pixels; None if the first samples give none."""
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     shape = next(filter(None, map(split.transformed_size, (split.samples or [])[:3])), None)
-    return shape and tuple(map(max, shape, preprocessor.get('size') or (0, 0)))
+    divisor = preprocessor.get('pad_size_divisor') or preprocessor.get('size_divisor') or 1
+    sizes = zip(shape or (), preprocessor.get('size') or (0, 0))
+    return tuple(-(-max(pair) // divisor) * divisor for pair in sizes) or None
 
 
 def repetitions(split: Split) -> Optional[int]:

@@ -194,8 +194,42 @@ def test_last_batch_of_a_detector(experiment, size, is_found):
     for step in loader.dataset.pipeline:
         if 'scale' in step:
             step.scale = (size, size)
-    expected = ['3 samples, batch_size 2, input 32 x 21']
+    expected = ['3 samples, batch_size 2, input 32 x 32']
     assert places(experiment, 'last-batch') == (expected if is_found else [])
+
+
+@for_task('classification')
+@pytest.mark.parametrize(
+    ('size', 'stages', 'smallest'), [(28, 4, 32), (32, 4, 0), (28, 2, 0), (7, 2, 8)]
+)
+def test_inputs_of_a_classifier_below_the_smallest(experiment, size, stages, smallest):
+    experiment.cfg.model.backbone.out_indices = (stages - 1,)
+    for step in experiment.cfg.train_dataloader.dataset.pipeline:
+        if 'scale' in step:
+            step.scale = size
+    expected = [f'input {size} x {size}, smallest {smallest} x {smallest}']
+    assert places(experiment, 'input-small') == (expected if smallest else [])
+
+
+@for_task('segmentation')
+def test_crops_of_a_segmentor_below_the_smallest(experiment):
+    for step in experiment.cfg.train_dataloader.dataset.pipeline:
+        if 'crop_size' in step:
+            step.crop_size = (16, 16)
+    assert places(experiment, 'input-small') == []  # the preprocessor pads to 512 x 512
+    experiment.cfg.model.data_preprocessor.size = (16, 16)
+    assert places(experiment, 'input-small') == ['input 16 x 16, smallest 32 x 32']
+
+
+@for_task('detection')
+@pytest.mark.parametrize(('divisor', 'is_found'), [(32, False), (1, True)])
+def test_inputs_of_a_detector_below_the_smallest(experiment, divisor, is_found):
+    experiment.cfg.model.data_preprocessor.pad_size_divisor = divisor
+    for step in experiment.cfg.train_dataloader.dataset.pipeline:
+        if 'scale' in step:
+            step.scale = (16, 16)
+    expected = ['input 16 x 11, smallest 32 x 32']
+    assert places(experiment, 'input-small') == (expected if is_found else [])
 
 
 @for_task('detection')

@@ -19,7 +19,8 @@ CONVERT = 'tools/model_converters/reparameterize_model.py'
 @pytest.fixture(scope='module')
 def classifier_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp('cls') / 'classifier.pth'
-    torch.save({'state_dict': build_model(Config.fromfile(CLASSIFIER)).state_dict()}, path)
+    state = build_model(Config.fromfile(CLASSIFIER)).state_dict()
+    torch.save({'meta': None, 'state_dict': state}, path)  # as a file of another program may be
     return path
 
 
@@ -114,6 +115,17 @@ def test_converting_twice_or_in_place(classifier_checkpoint, tmp_path):
         CONVERT, CLASSIFIER, out, tmp_path / 'again.pth', *deployed
     )
     assert [p.name for p in tmp_path.iterdir()] == ['out.pth']
+
+
+def test_converting_a_model_without_another_form(tmp_path):
+    backbone = dict(type='ResNet', depth=18, stem_channels=8, base_channels=8)
+    model = dict(type='ImageClassifier', backbone=backbone)
+    cfg = Config(dict(default_scope='mmpretrain', model=model))
+    cfg.dump(tmp_path / 'resnet.py')
+    torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'resnet.pth')
+    line = error_of(CONVERT, *(tmp_path / f'resnet.{x}' for x in ('py', 'pth')), tmp_path / 'out')
+    assert 'has no part that can be re-parameterised' in line
+    assert not (tmp_path / 'out').exists()
 
 
 def test_a_wrong_fusion_is_refused(classifier_checkpoint, tmp_path, monkeypatch):

@@ -157,7 +157,10 @@ def test_some_of_the_validation_images(trained):
 @pytest.mark.parametrize(
     ('break_it', 'message'),
     [
-        (lambda work: [path.unlink() for path in work.glob('*.pth')], 'has no checkpoint (*.pth)'),
+        (
+            lambda work: [path.rename(work / 'deployed.pth') for path in work.glob('*.pth')],
+            'has no checkpoint (best_*, epoch_*, iter_*)',
+        ),
         (lambda work: [path.write_bytes(b'no') for path in work.glob('*.pth')], 'is damaged'),
         (lambda work: [path.unlink() for path in work.rglob('*.py')], 'has no config (*.py)'),
         (

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_ARCH, import_tool, run_tool
+from conftest import ROOT, TINY_ARCH, import_tool
 
 from mmlinglo.analysis import saliency_maps
 from mmlinglo.analysis.saliency_figures import plot_saliency
@@ -97,18 +97,16 @@ def test_names_of_the_sheets(classifier, tmp_path):
     assert len({path.read_bytes() for path in out.iterdir()}) == 6
 
 
-@pytest.mark.slow
-def test_damaged_pictures_are_skipped(classifier, tmp_path):
+def test_pictures_that_cannot_be_read_are_skipped(classifier, tmp_path, capsys):
     images = [write_picture(tmp_path / name) for name in ('a.png', 'b.png', 'c.png')]
     images[0].write_bytes(b'no picture')
     images[1].write_bytes(images[1].read_bytes()[:1000])
-    out = tmp_path / 'out'
-    done = run_tool(TOOL, *classifier, *images, '--out-dir', out, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == 'error: 2 of 3 images could not be read'
-    for image in images[:2]:
-        assert f'skipped: {str(image)!r}' in done.stderr
-    assert 'Traceback' not in done.stderr
+    bad, out = [*images[:2], tmp_path / 'missing.png', tmp_path], tmp_path / 'out'
+    with pytest.raises(UsageError, match='4 of 5 images could not be read'):
+        run_here(*classifier, *bad, images[2], '--out-dir', out)
+    lines = capsys.readouterr().err.splitlines()
+    for image, line in zip(bad, lines, strict=True):
+        assert line.startswith(f'skipped: {str(image)!r}: ')
     assert [path.name for path in out.iterdir()] == ['c_saliency.png']
 
 
@@ -135,9 +133,6 @@ def test_mistakes(classifier, tmp_path):
 
     assert "config 'no.py' not found" in error('no.py', checkpoint, image)
     assert 'no.pth' in error(config, tmp_path / 'no.pth', image)
-    missing = tmp_path / 'no.jpg'
-    assert f'no image file {str(missing)!r}' in error(config, checkpoint, image, missing)
-    assert f'no image file {str(tmp_path)!r}' in error(config, checkpoint, tmp_path)
     assert "'nonsense'" in error(config, checkpoint, image, '--device', 'nonsense')
     assert 'stages=[4]' in error(config, checkpoint, image, '--stages', 4)
     assert 'blocks=[2]' in error(config, checkpoint, image, '--blocks', 2)

@@ -36,9 +36,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def find_checkpoint(work_dir: Path) -> Optional[Path]:
-    """The newest of the best checkpoints, else the newest of all."""
-    found = [(p.name.startswith('best_'), p.stat().st_mtime, p) for p in work_dir.glob('*.pth')]
-    return max(found)[-1] if found else None
+    """The newest of the best checkpoints, else the newest of the training."""
+    best = list(work_dir.glob('best_*.pth'))
+    others = [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')]
+    return max(best or others, key=lambda path: (path.stat().st_mtime, path), default=None)
 
 
 def predict_with(
@@ -47,8 +48,8 @@ def predict_with(
     """Predictions for the page; where they cannot be had, none and a note."""
     try:
         if checkpoint is None or training.config is None:
-            missing = 'checkpoint (*.pth)' if checkpoint is None else 'config (*.py)'
-            raise UsageError(f'{str(args.work_dir)!r} has no {missing}: run this again with one')
+            lost = 'checkpoint (best_*, epoch_*, iter_*)' if checkpoint is None else 'config (*.py)'
+            raise UsageError(f'{str(args.work_dir)!r} has no {lost}: run this again with one')
         cfg = cli.load_config(str(training.config))
         cli.check_data_files(cfg, str(training.config), 'val')
         weights = load_checkpoint_file(str(checkpoint), args.trust_checkpoint)

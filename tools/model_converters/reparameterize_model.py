@@ -12,9 +12,8 @@ from typing import List, Optional
 import torch
 
 import mmlinglo
-from mmlinglo.utils import CheckpointError, load_checkpoint_file, load_model_weights
+from mmlinglo.utils import CheckpointError, deploy, load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import UsageError, add_trust_argument, config_parser, load_config, run
-from mmlinglo.utils.deploy import build_model, relative_difference, switch_to_deploy
 from mmlinglo.utils.files import complete_file
 
 TOLERANCE = 1e-4  # relative; float32 rounding of the fused weights gives about 1e-6
@@ -42,18 +41,23 @@ def main(argv: Optional[List[str]] = None) -> int:
         raise UsageError(f'{args.out!r} is a folder: name a file')
     checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
 
-    model = build_model(cfg).eval()
+    model = deploy.build_model(cfg).eval()
+    if not deploy.has_deployed_form(model):
+        raise UsageError(
+            f'the model of {args.config} has no part that can be re-parameterised: '
+            'use its checkpoint as it is'
+        )
     load_model_weights(model, checkpoint, args.checkpoint)
     deployed = copy.deepcopy(model)
-    switch_to_deploy(deployed)
-    difference = relative_difference(model, deployed)
+    deploy.switch_to_deploy(deployed)
+    difference = deploy.relative_difference(model, deployed)
     if not difference <= TOLERANCE:
         raise CheckpointError(
             f'the re-parameterised model differs from {args.checkpoint!r} by {difference:.1e} of '
             f'its largest output, more than {TOLERANCE:.0e}: nothing was written'
         )
 
-    meta = dict(checkpoint.get('meta', {}))
+    meta = dict(checkpoint.get('meta') or {})
     cfg.model.backbone.deploy = True
     meta.update(
         cfg=cfg.pretty_text,

@@ -45,9 +45,6 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
-    missing = [image for image in args.images if not Path(image).is_file()]
-    if missing:
-        raise UsageError(f'no image file {", ".join(map(repr, missing))}')
     cfg = load_config(args.config, args.cfg_options)
     device = checked_device(args.device)
     checkpoint = load_checkpoint_file(args.checkpoint, args.trust_checkpoint)
