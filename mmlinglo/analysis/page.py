@@ -5,6 +5,7 @@ import base64
 import copy
 import io
 import logging
+import math
 import re
 import sys
 from contextlib import redirect_stdout
@@ -250,7 +251,9 @@ class Painter:
             sample: Data sample of one of the toolboxes, on the CPU.
             info: What the data set has of the image.
         """
-        image = Image.fromarray(mmcv.imread(sample.img_path, channel_order='rgb'))
+        path = sample.get('img_path')  # CIFAR-10 has the pixels
+        pixels = info['img'] if path is None else mmcv.imread(path, channel_order='rgb')
+        image = Image.fromarray(pixels)
         scale = PICTURE / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size])
         if 'gt_label' in sample:
@@ -352,7 +355,7 @@ def predict(
         for index, sample in zip(part, samples):
             if index in drawn:
                 panels = painter.draw(sample, dataset.get_data_info(index))
-                name = Path(sample.img_path).name
+                name = Path(sample.get('img_path') or f'Image {index}').name
                 pictures += [(f'{name}. {text}', image) for text, image in panels]
     counts = [
         f'{len(each)} of {len(dataset)} validation images, evenly spaced'
@@ -379,7 +382,7 @@ def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Dict[st
     if hasattr(metric, 'intersect_and_union'):  # mmseg's
         overlap, union, _, truth = (sum(each).numpy() for each in zip(*metric.results))
         columns = (truth / truth.sum(), overlap / union, overlap / truth)
-        rows = [[name, *((f'{x:.2%}', x) for x in row)] for name, *row in zip(names, *columns)]
+        rows = [[name, *(_cell(x, '.2%') for x in row)] for name, *row in zip(names, *columns)]
         head = ['Class', 'Of all pixels', 'IoU', 'Pixels found']
         return dict(title='Overlap (IoU) of the classes', head=head, rows=rows)
     metric.classwise, metric.img_ids, metric.metrics = True, ids, ['bbox']  # of mmdet's CocoMetric
@@ -399,8 +402,12 @@ def _judge_classes(evaluator: Evaluator, names: List[str], ids: list) -> Dict[st
     found = {
         key[key.find('/') + 1 : -10]: ap for key, ap in result.items() if key.endswith('_precision')
     }
-    rows = [[name, (f'{ap:.3f}', ap)] for name, ap in found.items()]
+    rows = [[name, _cell(ap, '.3f')] for name, ap in found.items()]
     return dict(title='AP of the classes', head=['Class', 'AP'], rows=rows)
+
+
+def _cell(share: float, spec: str) -> Any:
+    return '-' if math.isnan(share) else (format(share, spec), share)
 
 
 def render(

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import re
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import (
@@ -92,6 +93,8 @@ class InputPipeline:
             raise ValueError(
                 'the config has no test_dataloader.dataset.pipeline, which prepares the images'
             )
+        # Data sets that hold the pixels, RGB, and so have no loader.
+        self.holds_pixels = re.search('CIFAR|MNIST', str(dataset.get('type')))
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             self.transforms = [
                 TRANSFORMS.build(step)
@@ -116,15 +119,21 @@ class InputPipeline:
         if isinstance(source, Path):
             check_picture_file(source)
             results['img_path'] = str(source)
+            image = mmcv.imread(str(source)) if self.holds_pixels else None
         else:
-            results.update(img=source, img_shape=source.shape[:2], ori_shape=source.shape[:2])
-            next(steps)
+            image = source
+        if image is not None:
+            pixels = image[..., ::-1] if self.holds_pixels else image
+            results.update(img=pixels, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+            if not self.holds_pixels:
+                next(steps)  # the loader
         while results.get('img') is None:
             try:
                 results = next(steps)(results)
             except Exception as error:  # any: the loader may be the user's own
                 raise UnreadableError(f'the loader of the config fails: {error}') from error
-        image = results['img']
+        if image is None:
+            image = results['img']
         # A loader may give one channel as (H, W).
         if channels and image.shape[2:] != (channels,) and (channels > 1 or image.ndim > 2):
             raise ValueError(

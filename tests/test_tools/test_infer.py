@@ -357,6 +357,19 @@ def test_unusual_pictures_are_read_as_colour(kind, tmp_path):
     assert abs(image - expected).max() <= tolerance
 
 
+def test_data_sets_that_hold_the_pixels(tmp_path):
+    """CIFAR-10's are RGB, and nothing loads them: the picture is resized as in evaluation."""
+    cfg = Config.fromfile(ROOT / 'configs/cifar10/linglo-b0_1xb128-30e_cifar10.py')
+    red = np.zeros((40, 40, 3), np.uint8)
+    red[..., 2] = 255  # BGR
+    write(tmp_path / 'red.png', red)
+    for source in (red, tmp_path / 'red.png'):
+        sample = InputPipeline(cfg)(source)
+        assert sample.shape == (3, 96, 96)
+        assert (sample.image == red).all()
+        assert sample.data['inputs'].float().mean((1, 2)).tolist() == [255, 0, 0]
+
+
 def test_names_of_classes_come_from_the_config_if_the_checkpoint_has_none():
     cfg = tiny_config('segmentation')
     weights = dict(state_dict=build_model(cfg).state_dict())

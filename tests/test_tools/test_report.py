@@ -154,6 +154,12 @@ def test_some_of_the_validation_images(trained):
     assert 'Ground truth and predictions' not in found.headings
 
 
+def test_classes_that_are_not_in_the_images(trained):
+    found = report(trained / 'segmentation' / 'work', '--num', 0, '--max-images', 1)
+    assert any('-' in row for row in found.rows)
+    assert 'nan' not in found.text
+
+
 @pytest.mark.parametrize(
     ('break_it', 'message'),
     [
