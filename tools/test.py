@@ -8,6 +8,7 @@ from typing import Any, Optional, Sequence
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 
+from mmlinglo.checkpoint import find_state_dict
 from mmlinglo.engine import QuietRunner
 from mmlinglo.utils import load_checkpoint_file, load_model_weights
 from mmlinglo.utils.cli import (
@@ -28,6 +29,8 @@ class StrictRunner(QuietRunner):
     checkpoint: dict
 
     def load_checkpoint(self, filename: str, *_: Any, **__: Any) -> dict:
+        # with the keys that EMAHook expects
+        self.checkpoint = dict(self.checkpoint, state_dict=find_state_dict(self.checkpoint))
         self.call_hook('after_load_checkpoint', checkpoint=self.checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
         load_model_weights(model, self.checkpoint, filename)

@@ -32,7 +32,7 @@ out-channels | error | out_channels of a decode head does not fit its classes an
 topk | error | top-k asks for more classes than there are | use topk=(1,) in the evaluator and head
 evaluator-file | error | the evaluator reads another annotation file than the data set | set ann_file of the evaluator to the file of its data set
 same-data | warning | training and evaluation read the same data | set images aside that training does not see
-no-samples | error | nothing is left to train or evaluate on | correct the findings below, or filter_cfg, or batch_size and drop_last of the data loader
+no-samples | error | nothing is left to train or evaluate on | correct the findings below, or filter_cfg or indices of the data set, or batch_size and drop_last of the data loader
 last-batch | error | a batch of one image at 32 x 32 pixels or less: batch normalization cannot train on a single value | set drop_last=True, another batch_size, or a larger input size
 input-small | error | the images that the network gets in training are smaller than its backbone takes | set a larger input size (img_size, crop_size or scale)
 batch-shapes | error | images of different sizes cannot form one evaluation batch in mmseg | set batch_size=1 in the data loader of the evaluation, or resize all images to one size

@@ -69,7 +69,7 @@ def check_coco(cfg: Config, split: Split, names: Dict[str, List[str]]) -> None:
         'segm' in metric.get('metric', 'bbox') for metric in metrics
     ):
         check_masks(split, content, sound)
-    split.num_samples = len(content.images)
+    split.used = list(content.images)
     if content.annotations or not unlabelled:
         check_left(split, content)
     split.count(boxes=len(content.annotations))
@@ -130,7 +130,8 @@ def check_evaluation(cfg: Config, content: coco.Coco) -> None:
             content.add('ids-mixed', fact)
     test_cfg = cfg.model.get('test_cfg') or {}
     most = (test_cfg.get('rcnn') or test_cfg).get('max_per_img')
-    found = [(image, name) for annotation, image, name in content.kept if not annotation.iscrowd]
+    classes = content.split.classes
+    found = [(i, name) for a, i, name in content.kept if name in classes and not a.iscrowd]
     per_class = Counter((image.id, image.file_name, name) for image, name in found)
     per_image = Counter((image.id, image.file_name, 'all classes') for image, _ in found)
     for counts, limit in ((per_class, COUNTED), (per_image, most)):
@@ -140,21 +141,23 @@ def check_evaluation(cfg: Config, content: coco.Coco) -> None:
 
 
 def check_boxes(content: coco.Coco) -> np.ndarray:
-    """Check boxes against the sizes of their images and each other. Return which ones have an area."""
+    """Check boxes against the sizes of their images and each other. Return which ones have a class and an area."""
     boxes = np.array([coco.box_of(annotation) for annotation, _, _ in content.kept]).reshape(-1, 4)
     shapes = np.array([(image.width, image.height) for _, image, _ in content.kept], float)
     area = np.array([annotation.area for annotation, _, _ in content.kept])
+    # mmdet reads four numbers of every box, and leaves out those of other categories later.
+    known = np.array([name in content.split.classes for *_, name in content.kept], bool)
     x, y, width, height = boxes.T
     columns, rows = shapes.reshape(-1, 2).T
     right, bottom = x + width, y + height
     finite = np.isfinite(boxes).all(1)
-    sound = finite & (width > 0) & (height > 0) & (area > 0)
+    sound = known & finite & (width > 0) & (height > 0) & (area > 0)
     outside = sound & ((right <= 0) | (bottom <= 0) | (x >= columns) | (y >= rows))
     beyond = (x < -1) | (y < -1) | (right > columns + 1) | (bottom > rows + 1)
     wrong = sound & (outside | beyond)
     # As corners, all are valid. As [x, y, width, height], too many leave their images.
     corners = (x < width) & (width <= columns + 1) & (y < height) & (height <= rows + 1)
-    found = {'box-invalid': ~finite, 'box-empty': finite & ~sound}
+    found = {'box-invalid': ~finite, 'box-empty': known & finite & ~sound}
     if (boxes[sound] <= 1).all():
         found['box-relative'] = sound
     elif corners[sound].all() and wrong.sum() > sound.sum() / 10:
@@ -167,7 +170,8 @@ def check_boxes(content: coco.Coco) -> np.ndarray:
             facts = f'area {annotation.area:g}, image {size((image.height, image.width))}'
             content.add(check, f'{reprlib.repr(annotation.bbox)}, {facts}', annotation)
     first: Dict[tuple, coco.Annotation] = {}
-    for (annotation, _, _), box in zip(content.kept, boxes.tolist()):
+    pairs = zip(content.kept, boxes.tolist())
+    for (annotation, _, _), box in itertools.compress(pairs, known):
         key = (annotation.image_id, annotation.category_id, *box)
         other = first.setdefault(key, annotation)
         if other is not annotation:
@@ -179,9 +183,7 @@ def check_boxes(content: coco.Coco) -> np.ndarray:
 def check_masks(split: Split, content: coco.Coco, sound: np.ndarray) -> None:
     """Check the segmentations of the annotations that a mask selects."""
     polygons_only = not split.step('LoadAnnotations').get('poly2mask', True)
-    for annotation, image, name in itertools.compress(content.kept, sound):
-        if name not in split.classes:
-            continue
+    for annotation, image, _ in itertools.compress(content.kept, sound):
         if not annotation.segmentation:
             content.add('mask-missing', 'no segmentation', annotation)
             continue
@@ -200,7 +202,7 @@ def check_left(split: Split, content: coco.Coco) -> None:
         split.add('dataset-unbuildable', f'filter_cfg.min_size = {min_size!r} is no number')
         min_size = 0
     annotated = {image.id for _, image, name in content.kept if name in classes}
-    split.num_samples = 0
+    split.used = []
     for key, image in content.images.items():
         too_small = min(image.width, image.height) < min_size
         if too_small:
@@ -209,4 +211,4 @@ def check_left(split: Split, content: coco.Coco) -> None:
         if key not in annotated:
             content.add('boxes-none', image.file_name)
         if not too_small and (key in annotated or not filters.get('filter_empty_gt')):
-            split.num_samples += 1
+            split.used.append(key)

@@ -3,6 +3,7 @@
 
 import os.path as osp
 import re
+import reprlib
 from contextlib import suppress
 from typing import Iterator, List, Optional, Sequence, Tuple
 
@@ -116,14 +117,17 @@ def is_softmax(loss: dict) -> bool:
 def check_loaders(cfg: Config, splits: List[Split]) -> None:
     """Check that each loader yields batches, and that training and evaluation read different files."""
     min_size = smallest_input(cfg)
-    train = [_source(split) for split in splits if split.training]
     for split in splits:
-        if not split.training and _source(split) in train:
+        split.used = select(split)
+    train = [split for split in splits if split.training]
+    for split in splits:
+        same = [each.used or () for each in train if _source(each) == _source(split)]
+        if not split.training and set(split.used or ()) & set().union(*same):
             split.add('same-data', str(split.cfg.get('data_root')))
-        if split.num_samples is None:
+        if split.used is None:
             continue
         times, batch_size = repetitions(split), split.loader.get('batch_size', 1)
-        count, drop_last = split.num_samples * (times or 1), split.loader.get('drop_last', False)
+        count, drop_last = len(split.used) * (times or 1), split.loader.get('drop_last', False)
         place = f'{count} samples, batch_size {batch_size}'
         sampler = type_name(split.loader.get('sampler', {}).get('type', ''))
         # Not endless, and not joined with others.
@@ -139,6 +143,21 @@ def check_loaders(cfg: Config, splits: List[Split]) -> None:
                 split.add('input-small', f'input {size(shape)}, smallest {min_size} x {min_size}')
             elif shape is not None and max(shape) <= min_size and 1 in (batch_size, last):
                 split.add('last-batch', f'{place}, input {size(shape)}')
+
+
+def select(split: Split) -> Optional[Sequence]:
+    """Apply the setting ``indices`` of a data set to the samples it uses, as mmengine does."""
+    used, indices = split.used, split.cfg.get('indices')
+    if used is None or indices is None:
+        return used
+    try:
+        if isinstance(indices, int):
+            return used[:indices] if indices >= 0 else used[indices:]
+        return [used[i] for i in indices]
+    except (IndexError, TypeError) as error:
+        place = f'indices = {reprlib.repr(indices)} of {len(used)} samples: {error}'
+        split.add('dataset-unbuildable', place)
+        return None
 
 
 def smallest_input(cfg: Config) -> int:

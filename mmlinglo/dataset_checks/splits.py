@@ -44,7 +44,7 @@ class Split:
         classes: Names of its classes; empty while they are unknown.
         report: Report that gets the findings.
         samples: What its pipeline gets, as far as the images need it; None if unknown.
-        num_samples: Number of samples that training or evaluation gets; None if unknown.
+        used: Ids of the samples that training or evaluation gets; None if unknown.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Split:
     classes: Sequence[str]
     report: Report
     samples: Optional[List[dict]] = None
-    num_samples: Optional[int] = None
+    used: Optional[Sequence] = None
 
     @property
     def training(self) -> bool:
@@ -197,8 +197,8 @@ def open_samples(
     """
     if split.samples is None:
         return []
-    if split.num_samples is None:
-        split.num_samples = len(split.samples)
+    if split.used is None:
+        split.used = range(len(split.samples))
     there = [
         sample
         for sample in split.samples
@@ -269,8 +269,8 @@ def decode(data: bytes, flag: str, backend: str) -> Optional[np.ndarray]:
 
 def is_truncated(data: bytes) -> bool:
     """Whether data is missing from an image. OpenCV below 4.12 decodes it anyway."""
-    # Not a format that only OpenCV reads, or a very large image.
-    with suppress(OSError, Image.DecompressionBombError):
+    # A format that only OpenCV reads, a very large image, or damage on which Pillow raises anything.
+    with suppress(Exception):
         image = Image.open(io.BytesIO(data))
         try:
             image.load()

@@ -34,7 +34,8 @@ def prepare_cpu_distributed(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     cfg.pop('sync_bn', None)
-    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmlinglo.AverageBuffersHook')]
+    # First, so that hooks of the same priority, such as EMAHook, see the averages.
+    cfg.custom_hooks = [dict(type='mmlinglo.AverageBuffersHook'), *cfg.get('custom_hooks', [])]
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class NonFiniteLossHook(Hook):
         self._first: Optional[Tensor] = None  # iteration of the first non-finite loss
         self._skips = 0  # in a row
         self._step_left_out = False
+        self._step_made = False
         self._buffers: List[Tensor] = []  # as before the iteration
 
     def before_train(self, runner: Runner) -> None:
@@ -128,21 +129,26 @@ class NonFiniteLossHook(Hook):
         # computes the norm of all gradients; without a limit, it clips nothing
         if clip_grad_norm_(parameters, max_norm=inf).isfinite():
             self._skips = 0
+            self._step_made = True
         else:
             optimizer.zero_grad(set_to_none=True)
             self._step_left_out = True
 
     def _after_step(self, runner: Runner, outputs: dict) -> None:
         left_out, self._step_left_out = self._step_left_out, False
+        made, self._step_made = self._step_made, False
         # torch's gradient scaler skips a step by itself, before the optimizer sees it
         if not left_out and outputs['loss'].isfinite().all():
             return
         for buffer, before in zip(_float_buffers(runner), self._buffers):
             buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
-        self._skips += 1
         message = (
             f'{_describe(outputs, "a gradient is not finite")} {_where(runner, runner.iter + 1)}'
         )
+        if made and not left_out:
+            runner.logger.warning(f'{message}: the step is made, since its gradients are finite')
+            return
+        self._skips += 1
         if self._skips > self.max_skips:
             raise TrainingError(f'{message}: more than {self.max_skips} such steps in a row')
         runner.logger.warning(f'{message}: this step is skipped')

@@ -42,15 +42,37 @@ class TrainingRunner(QuietRunner):
         """Resume a training.
 
         Raises:
-            CheckpointError: If the checkpoint is of another training.
+            CheckpointError: If the checkpoint is of another training, or has only weights, as the
+                best ones have.
         """
         checkpoint = CheckpointLoader.load_checkpoint(filename, map_location='cpu')
         model = self.model.module if is_model_wrapper(self.model) else self.model
         try:
             check_fit(find_state_dict(checkpoint), model.state_dict(), filename)
+            self._check_state(checkpoint, filename)
             super().resume(filename, *args, **kwargs)
         except (CheckpointError, ValueError) as error:  # torch's, if the parameter groups differ
             raise CheckpointError(f'{error}. {NOT_RESUMABLE.format(source=filename)}') from error
+
+    def _check_state(self, checkpoint: dict, filename: str) -> None:
+        """Refuse checkpoints without the state of the training; warn if the schedule is another."""
+        needed = [
+            'meta',
+            'message_hub',
+            'optimizer',
+            *['param_schedulers'] * bool(self.param_schedulers),
+        ]
+        missing = [key for key in needed if key not in checkpoint]
+        if missing:
+            raise CheckpointError(
+                f'{filename!r} has no {", ".join(missing)}, as best ones have not'
+            )
+        own, saved = map(_list_lengths, (self.param_schedulers, checkpoint.get('param_schedulers')))
+        if own != saved:
+            self.logger.warning(
+                f'the learning rate continues as for the training that was interrupted, which had '
+                f'the lengths {saved}; this one would have {own}'
+            )
 
     def build_train_loop(self, loop: Union[BaseLoop, dict]) -> BaseLoop:
         """Build the loop.
@@ -169,6 +191,14 @@ def fit_schedulers(schedulers: List[dict], lengths: Dict[bool, int]) -> List[dic
             )
         kept.append(scheduler)
     return kept
+
+
+def _list_lengths(schedulers: Union[dict, list, None]) -> List[dict]:
+    """What depends on the length of a training, of schedulers or of their states."""
+    groups = schedulers.values() if isinstance(schedulers, dict) else [schedulers or []]
+    states = [s if isinstance(s, dict) else s.state_dict() for group in groups for s in group]
+    keys = ('begin', 'end', 'milestones', *PERIODS)
+    return [{key: state[key] for key in keys if key in state} for state in states]
 
 
 def _is_warm_up(scheduler: dict) -> bool:

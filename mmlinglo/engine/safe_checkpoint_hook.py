@@ -21,6 +21,7 @@ PARTIAL = '.partial'  # ends the name of a file that is being written
 # Keys in a checkpoint.
 OUTDATED = 'outdated_checkpoints'
 STOPPING = 'early_stopping'
+VALIDATED = 'validated'  # saved again after its validation, which was the best so far
 
 
 @register_backend(BACKEND)
@@ -79,7 +80,7 @@ class SafeCheckpointHook(CheckpointHook):
     - saves and restores the state of ``EarlyStoppingHook``.
 
     The arguments, the file names and the content of the checkpoints are mmengine's. The hook adds
-    only ``outdated_checkpoints`` and ``early_stopping``. It leaves the writing to mmengine for a
+    only ``outdated_checkpoints``, ``early_stopping`` and ``validated``. It leaves the writing to mmengine for a
     remote ``out_dir``, with ``backend_args``, and for the directories that DeepSpeed writes.
 
     Raises:
@@ -91,6 +92,7 @@ class SafeCheckpointHook(CheckpointHook):
     def before_run(self, runner: Runner) -> None:
         """Choose the checkpoint to resume from."""
         self._outdated: List[str] = []
+        self._is_validated = False
         # private attributes, but the same in all releases; the runner reads them after this hook
         if runner._resume and runner._load_from is None and self._is_local(runner):
             found = [self._find_whole(runner) if is_main_process() else None]
@@ -114,11 +116,17 @@ class SafeCheckpointHook(CheckpointHook):
             self.file_backend.remove = self._outdated.append
         if runner.iter > 0 and self._is_validated_here(runner):
             runner.logger.info('Repeating the validation of the resumed checkpoint.')
+            schedulers = runner.param_schedulers
+            if self._is_validated:
+                runner.param_schedulers = None  # they have seen the score
             runner.val_loop.run()
+            runner.param_schedulers = schedulers
+        self._is_validated = False
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add what a resumed run has to remove, and the state of early stopping."""
         checkpoint[OUTDATED] = list(self._outdated)
+        checkpoint[VALIDATED] = self._is_validated
         checkpoint[STOPPING] = [
             dict(wait_count=hook.wait_count, best_score=hook.best_score)
             for hook in _early_stopping_hooks(runner)
@@ -128,6 +136,7 @@ class SafeCheckpointHook(CheckpointHook):
         """Restore both, if the run is resumed."""
         if runner._resume:
             self._outdated = list(checkpoint.get(OUTDATED, []))
+            self._is_validated = checkpoint.get(VALIDATED, False)
             for hook, state in zip(_early_stopping_hooks(runner), checkpoint.get(STOPPING, [])):
                 vars(hook).update(state)
 
@@ -136,7 +145,9 @@ class SafeCheckpointHook(CheckpointHook):
         self._remove_outdated(runner)
 
     def _save_best_checkpoint(self, runner: Runner, metrics: Dict[str, float]) -> None:
+        self._is_validated = True
         super()._save_best_checkpoint(runner, metrics)
+        self._is_validated = False
         self._remove_outdated(runner)
 
     def _remove_outdated(self, runner: Runner) -> None:

@@ -146,6 +146,24 @@ def test_image_ids_are_unique(experiment):
 
 
 @for_task('detection')
+def test_boxes_of_other_categories_are_left_out(experiment):
+    def change(content):
+        boxes = [[1, 2, 0, 5], [W, 2, 5, 5], [40, 2, 11, 5], [3, 2, 0.5, 5], *101 * [[3, 2, 5, 5]]]
+        fields = dict(image_id=1, category_id=2, area=9, iscrowd=0)
+        content['annotations'] += [dict(fields, id=9 + i, bbox=box) for i, box in enumerate(boxes)]
+
+    for split in ('train', 'val'):
+        experiment.edit(change, split)
+    checks = ('empty', 'outside', 'sticks-out', 'small', 'duplicate')
+    assert set(experiment.findings()) == {*(f'box-{check}' for check in checks), 'boxes-many'}
+    experiment.set_datasets(metainfo=dict(classes=('cat',)))
+    experiment.cfg.model.bbox_head.num_classes = 1
+    assert set(experiment.findings()) == {'category-ignored'}
+    experiment.edit(annotation_set('bbox', [1, 2, 3], index=1))  # mmdet fails on it
+    assert 'box-invalid' in experiment.findings()
+
+
+@for_task('detection')
 def test_what_only_evaluation_needs(experiment):
     experiment.edit(annotation_without('iscrowd'))
     assert experiment.findings() == {}

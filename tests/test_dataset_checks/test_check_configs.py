@@ -154,6 +154,11 @@ def test_training_data_as_validation_data(experiment):
             path = f'{experiment.root}/annotations/train.json'
             experiment.cfg[f'{split}_evaluator'].ann_file = path
     assert set(experiment.findings()) == {'same-data'}
+    experiment.cfg.train_dataloader.dataset.indices = [1, -1]
+    for indices, expected in ((1, set()), ([0], set()), (2, {'same-data'}), ([-1], {'same-data'})):
+        for split in ('val', 'test'):
+            experiment.cfg[f'{split}_dataloader'].dataset.indices = indices
+        assert set(experiment.findings()) == expected
 
 
 @for_all
@@ -162,6 +167,9 @@ def test_training_data_as_validation_data(experiment):
     [
         ('picture-unreadable', b''),
         ('picture-unreadable', b'no picture'),
+        # Pillow raises ValueError on both.
+        ('picture-unreadable', b'\x89PNG\r\n\x1a\n\0\0\0\5IHDR' + bytes(400)),
+        ('picture-unreadable', b'P6\n48 32\n0\n' + bytes(48 * 32 * 3)),
         ('picture-truncated', None),
     ],
 )

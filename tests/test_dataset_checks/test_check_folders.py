@@ -117,6 +117,22 @@ def test_batches_and_top_k(experiment):
     assert found['topk'].places == ['val_evaluator.topk = (1, 5), 2 classes']
 
 
+@for_task('classification')
+def test_indices_of_a_data_set(experiment):
+    dataset = experiment.cfg.train_dataloader.dataset
+    experiment.cfg.train_dataloader.batch_size = 6
+    for indices, count in ((1, 1), (-5, 5), ([0, 3, -1], 3)):
+        dataset.indices = indices
+        (place,) = experiment.findings()['no-samples'].places
+        assert f'{count} samples' in place
+        init_default_scope('mmpretrain')
+        assert len(DATASETS.build({**dataset, 'pipeline': []})) == count
+    dataset.indices = [6]
+    found = experiment.findings()
+    assert set(found) == {'dataset-unbuildable'}
+    assert found['dataset-unbuildable'].places[0].startswith('indices = [6] of 6 samples: ')
+
+
 def test_imagenet_with_a_flat_validation_folder(tmp_path):
     """The recipe itself: folders are named by WordNet ids, classes by words."""
     cfg = Config.fromfile(ROOT / 'configs/imagenet/linglo-b0_8xb128_in1k.py')

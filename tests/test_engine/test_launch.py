@@ -68,7 +68,7 @@ def test_two_processes_without_gpus(tmp_path):
         assert wrapper['device_ids'] is None
         assert wrapper['find_unused_parameters'] is True
         hooks = [hook['type'] for hook in found['cfg']['custom_hooks']]
-        assert hooks == ['EMAHook', 'mmlinglo.AverageBuffersHook']
+        assert hooks == ['mmlinglo.AverageBuffersHook', 'EMAHook']
         assert found['mean'].tolist() == [5.0, 5.0]
         assert found['tracked'] == rank  # counters are no averages
 

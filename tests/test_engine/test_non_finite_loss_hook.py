@@ -2,12 +2,13 @@
 import copy
 import re
 from functools import partial
+from math import inf
 
 import numpy as np
 import pytest
 import torch
 from mmengine.optim.optimizer import amp_optimizer_wrapper
-from toy import Recorder, build_runner
+from toy import Recorder, Toy, build_runner
 
 from mmlinglo.engine import NonFiniteLossHook, TrainingError
 
@@ -105,6 +106,22 @@ def test_skip_leaves_out_that_step_only(poison, accumulate, tmp_path):
     ]
     left_out = (5 if poison is not infinite_weights else 6) if accumulate == 1 else 6
     assert changed == [i for i in range(2, 13) if i % accumulate == 0 and i != left_out]
+
+
+def test_a_step_that_is_made_is_not_called_skipped(tmp_path):
+    """The loss is infinite, but its gradients are finite."""
+
+    class Shifted(Toy):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            return dict(loss=outputs['loss'] + (inf if self.iteration == 5 else 0))
+
+    runner = build_runner(tmp_path, model=Shifted(), hooks=[NonFiniteLossHook('skip')])
+    texts = []
+    runner.logger.warning = texts.append
+    runner.train()
+    (text,) = (text for text in texts if 'loss is inf at iteration 5' in text)
+    assert text.endswith('the step is made, since its gradients are finite')
 
 
 def test_skip_changes_nothing_else(tmp_path):

@@ -153,10 +153,14 @@ def test_early_stopping_is_resumed(save_best, stop_after, tmp_path):
         assert torch.equal(value, resumed.model.state_dict()[key])
 
 
-def test_a_rate_that_follows_a_metric_is_resumed(tmp_path):
-    """ReduceOnPlateauLR without save_best: a validation is missing in the checkpoint before it."""
-    scores = [5.0, 4.0, 3.0, 2.0]
+@pytest.mark.parametrize(
+    ('scores', 'save_best'),
+    [([5.0, 4.0, 3.0, 2.0], None), ([5.0, 6.0, 6.0, 6.0], 'score')],
+)
+def test_a_rate_that_follows_a_metric_is_resumed(scores, save_best, tmp_path):
+    """A validation is missing in the checkpoint before it, unless it was the best and saved again."""
     kwargs = dict(
+        checkpoint=dict(save_best=save_best, rule='greater') if save_best else None,
         val_interval=1,
         param_scheduler=dict(
             type='ReduceOnPlateauLR', monitor='score', rule='greater', patience=1, by_epoch=True
@@ -170,7 +174,7 @@ def test_a_rate_that_follows_a_metric_is_resumed(tmp_path):
     )
     resumed.train()
     rates = [each.optim_wrapper.get_lr()['lr'][0] for each in (whole, resumed)]
-    assert rates[0] == rates[1] < 0.1
+    assert rates[0] == rates[1] == pytest.approx(0.1 if save_best else 0.01)
 
 
 def test_an_optimizer_of_no_such_name(tmp_path):
@@ -185,3 +189,34 @@ def test_fewer_samples_than_a_batch(by_epoch, tmp_path):
     runner._train_dataloader.update(batch_size=64, drop_last=True)
     with pytest.raises(TrainingError, match='no batch: 10 samples, batch_size=64, drop_last=True'):
         runner.train()
+
+
+def test_files_with_weights_alone_cannot_be_resumed(tmp_path):
+    whole = build_runner(
+        tmp_path / 'whole', checkpoint=dict(save_best='score', rule='greater'), scores=[1.0, 2.0]
+    )
+    whole.train()
+    torch.save(whole.model.state_dict(), tmp_path / 'bare.pth')
+    for path in ((tmp_path / 'whole').glob('best_*.pth').__next__(), tmp_path / 'bare.pth'):
+        runner = build_runner(tmp_path / 'resumed', load_from=str(path), resume=True)
+        with pytest.raises(CheckpointError, match=r'has no .*optimizer.*load_from='):
+            runner.train()
+
+
+@pytest.mark.parametrize('length', [4, 2])
+def test_another_length_keeps_the_schedule_and_is_reported(length, tmp_path):
+    steps = dict(type='MultiStepLR', milestones=[2, 3], end=4, by_epoch=True)
+    kwargs = dict(val_interval=1, param_scheduler=steps)
+    build_runner(tmp_path / 'first', length=length, **kwargs).train()
+    warnings = []
+    runner = build_runner(
+        tmp_path / 'longer',
+        length=5,
+        load_from=str(tmp_path / 'first/epoch_1.pth'),
+        resume=True,
+        **kwargs,
+    )
+    runner.logger.warning = warnings.append
+    runner.train()
+    found = [text for text in warnings if 'learning rate continues' in text]
+    assert len(found) == (1 if length == 2 else 0)

@@ -136,6 +136,22 @@ def test_stopped_early_and_resumed(run, shapes, tmp_path):
         assert found[-1] == 'epoch_3.pth', found
 
 
+@pytest.mark.parametrize('bare', [True, False])
+def test_averages_are_tested_whatever_the_names(bare, run, shapes, tmp_path):
+    """Of DistributedDataParallel's names and of a bare state dict, with the same predictions."""
+    config = write_tiny_config(tmp_path, shapes, 'classification', CASES['ema'])
+    run('tools/train.py', config, '--work-dir', tmp_path / 'work')
+    weights = finite_checkpoint(tmp_path / 'work', 'classification')['state_dict']
+    renamed = {f'module.{name}': value for name, value in weights.items()}
+    scores = []
+    for name, state in dict(plain=weights, renamed=renamed).items():
+        file, out = tmp_path / f'{name}.pth', tmp_path / f'{name}.pkl'
+        torch.save(state if bare else dict(state_dict=state), file)
+        run('tools/test.py', config, file, '--work-dir', tmp_path / name, '--out', out)
+        scores.append([sample['pred_score'] for sample in pickle.loads(out.read_bytes())])
+    assert all(torch.equal(*pair) for pair in zip(*scores))
+
+
 @pytest.mark.parametrize('dataset', ['detection', 'classification'])
 def test_class_balanced(dataset, run, shapes, tmp_path):
     extra = WRAPPED.format("type='ClassBalancedDataset', oversample_thr=0.9, dataset=inner")
