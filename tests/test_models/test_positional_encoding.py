@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomize_norms_
 from reference import rp_cpe
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from mmlinglo.models import ConditionalPositionalEncoding, literal
@@ -245,6 +246,27 @@ def test_only_batch_norms_can_be_fused():
     with pytest.raises(TypeError, match='GroupNorm'):
         encoding.switch_to_deploy()
     assert np.isfinite(encoding(torch.randn(1, 8, 4, 4)).detach().numpy()).all()
+
+
+def test_norms_of_different_groups_are_not_one():
+    encoding = torch.nn.SyncBatchNorm.convert_sync_batchnorm(random_encoding())
+    assert encoding.is_linear
+    encoding.branches[1].bn.process_group = object()
+    assert not encoding.is_linear
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_tensors_without_data(training):
+    encoding = random_encoding().train(training)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = encoding(mode.from_tensor(torch.randn(2, 6, 5, 7, dtype=torch.float64)))
+    assert out.shape == (2, 6, 5, 7)
+
+
+def test_names_of_norms():
+    for norm, name in ((torch.nn.InstanceNorm2d, 'in'), (partial(torch.nn.GroupNorm, 2), 'gn')):
+        branch = ConditionalPositionalEncoding(4, norm_layer=norm).branches[0]
+        assert [child for child, _ in branch.named_children()] == ['conv', name]
 
 
 def test_sizes():

@@ -257,15 +257,18 @@ def test_hooks_are_called(case, part, kind):
 
 
 @each_part
-def test_global_hooks_are_called(case, part):
-    module = case.build().eval()
+@pytest.mark.parametrize('kind', ['forward', 'forward_pre', 'full_backward', 'full_backward_pre'])
+def test_global_hooks_are_called(case, part, kind):
+    module, backward = case.build().eval(), 'backward' in kind
     layer, calls = module.get_submodule(part), []
-    handle = nn.modules.module.register_module_forward_hook(
+    handle = getattr(nn.modules.module, f'register_module_{kind}_hook')(
         lambda called, *_: calls.append(called) if called is layer else None
     )
     try:
-        with torch.no_grad():
-            module(torch.randn(case.shapes[-1]))
+        with torch.set_grad_enabled(backward):
+            out = module(torch.randn(case.shapes[-1], requires_grad=backward))
+        if backward:
+            out.sum().backward()
     finally:
         handle.remove()
     assert len(calls) == 1
