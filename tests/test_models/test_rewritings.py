@@ -71,6 +71,7 @@ CASES = {
         for name, (branches, skip) in network.ENCODINGS.items()
     },
     'grouped': Case(grouped, [(2, 12, 1, 1), (2, 12, 1, 5), (3, 12, 6, 7)], ENCODING_PARTS),
+    'grouped P-CPE': Case(lambda: grouped(skip=False), [(2, 12, 1, 5), (3, 12, 6, 7)], []),
     'FFN': Case(
         ffn,
         [(3, 5, 1, 6), (2, 3, 4, 6)],
