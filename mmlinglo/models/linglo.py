@@ -15,6 +15,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from mmlinglo.checkpoint import load_pretrained_backbone
@@ -30,20 +31,23 @@ from .padding import ImageSizes, forward_unpadded
 BATCH_NORM = MappingProxyType(dict(type='BN'))
 PRETRAINED = ('Pretrained', PretrainedInit)  # the class in pure Python configs
 PLAIN_LAYERS.append(SyncBatchNorm)  # mmengine's, type='SyncBN'
+# Compiled by torch 2.5, a checkpointed block updates its running statistics twice.
+COMPILES_CHECKPOINTS = TorchVersion(torch.__version__) >= (2, 10)
 
 
 class CheckpointedBlocks(nn.Sequential):
     """Blocks that are computed again in the backward pass, which saves memory."""
 
     def forward(self, x: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
         for block in self:
-            if x.requires_grad:
+            if not x.requires_grad or (compiling and not COMPILES_CHECKPOINTS):
+                x = block(x)
+            else:
                 contexts = partial(_make_contexts, block)
                 # What is compiled keeps its running statistics by itself.
-                options: Any = {} if torch.compiler.is_compiling() else dict(context_fn=contexts)
+                options: Any = {} if compiling else dict(context_fn=contexts)
                 x = checkpoint(block, x, use_reentrant=False, **options)
-            else:
-                x = block(x)
         return x
 
 
@@ -99,6 +103,7 @@ class LinGlo(FastLinGloNetwork, BaseModule):
             in training, as there, the padding takes part.
         with_cp: Whether to recompute the blocks in the backward pass, which
             costs time and saves memory. Running statistics are updated once.
+            Code that a PyTorch before 2.10 compiled does not recompute them.
         channels_last: Whether the maps returned keep the channels-last layout in which
             they are computed, which spares a copy of each. False for contiguous
             maps: compiled operators of mmcv, RoIAlign among them, read any other

@@ -51,7 +51,7 @@ def worker(rank, port, out):
         ),
         f'{out}/{rank}.pth',
     )
-    dist.destroy_process_group()
+    os._exit(0)  # gloo of torch 2.5 may hang where the group is destroyed
 
 
 def test_two_processes_without_gpus(tmp_path):
