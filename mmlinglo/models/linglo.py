@@ -103,7 +103,7 @@ class LinGlo(FastLinGloNetwork, BaseModule):
             in training, as there, the padding takes part.
         with_cp: Whether to recompute the blocks in the backward pass, which
             costs time and saves memory. Running statistics are updated once.
-            Code that a PyTorch before 2.10 compiled does not recompute them.
+            Code that PyTorch before 2.10 has compiled keeps all activations instead.
         channels_last: Whether the maps returned keep the channels-last layout in which
             they are computed, which spares a copy of each. False for contiguous
             maps: compiled operators of mmcv, RoIAlign among them, read any other
