@@ -313,7 +313,7 @@ def check_data_files(cfg: Config, config: str, *splits: str) -> None:
     for split in splits:
         for dataset in leaf_datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}):
             kind = type_name(dataset.get('type', ''))
-            if dataset.get('backend_args') or 'MNIST' in kind or 'CIFAR' in kind:
+            if dataset.get('backend_args') or holds_pixels(dataset):
                 continue  # not on this disk, or downloaded if need be
             folder = dataset.get('split', '') if kind.startswith('ImageNet') else ''
             prefix = dataset.get('data_prefix') or folder
@@ -338,6 +338,12 @@ def leaf_datasets(dataset: dict) -> Iterator[dict]:
         yield from leaf_datasets(dataset['dataset'])
     else:
         yield dataset
+
+
+def holds_pixels(dataset: dict) -> bool:
+    """Whether a data set has arrays, which it downloads, and no picture files."""
+    kind = type_name(dataset.get('type', ''))
+    return 'MNIST' in kind or 'CIFAR' in kind
 
 
 def type_name(value: Any) -> str:

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import os
-import re
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import (
@@ -39,6 +38,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mmlinglo.checkpoint import load_model_weights
 
+from .cli import holds_pixels
 from .deploy import build_model, has_deployed_form, switch_to_deploy
 from .files import complete_file
 
@@ -94,7 +94,7 @@ class InputPipeline:
                 'the config has no test_dataloader.dataset.pipeline, which prepares the images'
             )
         # Data sets that hold the pixels, RGB, and so have no loader.
-        self.holds_pixels = re.search('CIFAR|MNIST', str(dataset.get('type')))
+        self.holds_pixels = holds_pixels(dataset)
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             self.transforms = [
                 TRANSFORMS.build(step)
