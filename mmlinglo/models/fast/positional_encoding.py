@@ -175,7 +175,8 @@ class ConditionalPositionalEncoding(Rewriting, network.ConditionalPositionalEnco
             kernels = torch.stack([conv.weight.flatten(1) for conv in convs]).to(patch_mean)
             mean = (kernels * patch_mean).sum(-1)
             var = _quadratic_form(kernels, patch_covariance)
-            if _has_values(x):
+            # PyTorch's synchronized batch norm does not train on a CPU.
+            if _has_values(x) and not isinstance(norms[0], nn.SyncBatchNorm):
                 terms = _quadratic_form(kernels.detach().abs(), patch_covariance.detach().abs())
                 if (var + norms[0].eps < 1e3 * torch.finfo(var.dtype).eps * terms).any():
                     return None
